@@ -1,0 +1,1 @@
+"""Sparse-expert Transformers in JAX: routers, dispatch, sharding, training and measurement."""

@@ -1,0 +1,30 @@
+"""The one alphabet of axes. Annotations use these letters, einsums the same in lower case.
+
+| letter | axis |
+|---|---|
+| `B` | sequences of a batch |
+| `S` | positions of a sequence |
+| `T` | tokens (`B` x `S`, flattened) |
+| `D` | model width |
+| `F` | hidden width of an expert or of a dense MLP |
+| `E` | experts |
+| `K` | choices a token |
+| `C` | slots an expert (capacity) |
+| `G` | groups of experts |
+| `L` | sparse layers |
+| `H` | heads |
+| `V` | vocabulary |
+| `M` | segments, sampled paths, or text domains |
+| `N` | rows handed to experts (one row for each kept choice) |
+
+Mesh axes, outermost first. The batch is sharded over `BATCH_AXES`, experts over `expert`,
+`F` and `H` over `tensor`, `D` of the parameters over `fsdp`.
+"""
+
+DATA = "data"
+FSDP = "fsdp"
+EXPERT = "expert"
+TENSOR = "tensor"
+
+MESH_AXES = (DATA, FSDP, EXPERT, TENSOR)
+BATCH_AXES = (DATA, FSDP, EXPERT)

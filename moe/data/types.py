@@ -1,0 +1,21 @@
+"""The batch: the one structure that goes from the data to the model."""
+
+from typing import NamedTuple
+
+from jaxtyping import Array, Bool, Int
+import numpy as np
+
+AnyArray = Array | np.ndarray
+
+
+class Batch(NamedTuple):
+    """Packed documents. A document is `boundary, t1 ... tn`; its targets are `t1 ... tn, boundary`."""
+
+    tokens: Int[AnyArray, "B S"]  # int32; 0 where padding
+    targets: Int[AnyArray, "B S"]  # int32; the next token of the same document; 0 where padding
+    segments: Int[AnyArray, "B S"]  # int32; 1, 2, ... by document in the row, 0 where padding
+    positions: Int[AnyArray, "B S"]  # int32; position inside the document's part of the row
+    valid: Bool[AnyArray, "B S"]  # True for a real token: the only padding mask there is
+    domain: Int[AnyArray, " B"]  # int32; index of the row's text domain
+
+
