@@ -1,8 +1,11 @@
-"""What a router returns and what a sparse layer reports. NamedTuples, so that they are plain pytrees."""
+"""What a router returns and what a sparse layer reports: NamedTuples, hence plain pytrees."""
 
 from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int
+
+Scalar = float | int | Float[Array, ""]  # a number that may be traced
+State = dict[str, Array]  # a router's state in one layer: float32 or int32 arrays, no gradient
 
 
 class Choices(NamedTuple):
@@ -35,6 +38,7 @@ class LayerReport(NamedTuple):
     row_tokens: Float[Array, " B"]  # valid tokens
     row_requested: Float[Array, "B E"]  # choices of each expert, before any drop
     row_kept: Float[Array, "B E"]  # choices that reached their expert
+    row_ranked: Float[Array, "B E"]  # choices if the K largest probs decided: no bias, no groups
     row_probs: Float[Array, "B E"]  # sum of probs; differentiable
     row_lse_squared: Float[Array, " B"]  # sum of logsumexp(logits)^2; differentiable
     row_entropy: Float[Array, " B"]  # sum of the entropy of probs, nats
