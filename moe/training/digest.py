@@ -1,0 +1,62 @@
+"""A 32-bit digest of every array of a state: the same on any mesh, different after any flipped bit.
+
+Array stores do not check their payload, so a checkpoint carries these digests and a restore
+compares them. The digest of an array is the sum, modulo 2**32, of a mix of every element's bits
+with the element's index in the whole array. A sum does not ask in which order or on which device
+its terms were made; the mix is a bijection of the element's bits, so one changed element always
+changes the sum, and many changed elements keep it with a chance of 2**-32.
+"""
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree, Shaped, UInt32
+import numpy as np
+
+# Odd multipliers and shifts of the xxHash32 avalanche
+# (https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md).
+_PRIME_1, _PRIME_2, _PRIME_3 = 2654435761, 2246822519, 3266489917
+
+
+def leaf_names(tree: PyTree) -> list[str]:
+    """Names of the leaves, `params/layers/gate/kernel`, in the order of `jax.tree.leaves`."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+
+
+def digest(tree: PyTree) -> dict[str, int]:
+    """Digests of all leaves by name. Every process must call it when arrays span processes."""
+    leaves = jax.tree.leaves(tree)
+    if not leaves:
+        return {}
+    return dict(zip(leaf_names(tree), np.asarray(_digests(leaves)).tolist(), strict=True))
+
+
+@jax.jit
+def _digests(leaves: list[Array]) -> UInt32[Array, " leaves"]:
+    return jnp.stack([_leaf_digest(leaf) for leaf in leaves])
+
+
+def _leaf_digest(array: Shaped[Array, "..."]) -> UInt32[Array, ""]:
+    words = _words(array)
+    index = jnp.zeros(words.shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(words.ndim)):
+        step = jnp.uint32(stride % 2**32)
+        index += lax.broadcasted_iota(jnp.uint32, words.shape, axis) * step
+        stride *= words.shape[axis]
+    mixed = (words ^ (index * jnp.uint32(_PRIME_1))) * jnp.uint32(_PRIME_2)
+    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(_PRIME_3)
+    return jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)
+
+
+def _words(array: Shaped[Array, "..."]) -> UInt32[Array, "..."]:
+    """The bits of the elements as uint32; 8-byte elements become two words on a new last axis."""
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    if array.dtype == jnp.bool_:
+        return array.astype(jnp.uint32)
+    if jnp.iscomplexobj(array):
+        array = jnp.stack([array.real, array.imag], axis=-1)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[array.dtype.itemsize]
+    return lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
