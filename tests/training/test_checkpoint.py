@@ -1,0 +1,366 @@
+"""Checkpoints on real files: any mesh, any fault that can be made here."""
+
+import contextlib
+import json
+from pathlib import Path
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+import optax
+import pytest
+
+from moe.errors import CheckpointError, ConfigError
+from moe.training.checkpoint import Checkpointer
+from moe.training.digest import digest
+
+DATA = {"next_index": 7, "mixture": [1, None]}
+META = {"config": {"model": {"width": 8}}, "tokenizer": "x" * 1000}
+
+
+def sharding(devices: int, *spec: str | None) -> NamedSharding:
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]).reshape(devices), ("fsdp",))
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def make_state(devices: int = 8, seed: int = 0) -> dict:
+    """Every kind of leaf that a training state holds."""
+    kernel = jax.random.normal(jax.random.key(seed), (16, 24))
+    params = {"experts": {"up": kernel}, "scale": jnp.ones(24, jnp.bfloat16)}
+    state = {
+        "params": params,
+        "optimizer": optax.adam(1e-3).init(params),
+        "router_state": {"bias": jnp.arange(8, dtype=jnp.float32)},
+        "key": jax.random.key(seed + 1),
+        "step": jnp.int32(3),
+    }
+    return jax.device_put(state, target_shardings(state, devices))
+
+
+def target_shardings(state: dict, devices: int) -> dict:
+    rows = sharding(devices, "fsdp")
+    whole = sharding(devices)
+    return jax.tree.map(lambda x: rows if x.shape == (16, 24) else whole, state)
+
+
+def abstract(state: dict, devices: int = 8) -> dict:
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        state,
+        target_shardings(state, devices),
+    )
+
+
+def assert_same_bits(expected: dict, actual: dict) -> None:
+    assert jax.tree.structure(expected) == jax.tree.structure(actual)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
+        assert a.dtype == b.dtype
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("run") / "checkpoints"
+    with Checkpointer(directory) as checkpoints:
+        assert checkpoints.latest_step() is None
+        assert checkpoints.best_step() is None
+        assert checkpoints.save(3, make_state(), DATA, META)
+    return directory
+
+
+@pytest.mark.parametrize("devices", [8, 4, 1])
+def test_restores_bit_for_bit_on_any_device_count(saved, devices):
+    state = make_state()
+    with Checkpointer(saved, read_only=True) as checkpoints:
+        restored = checkpoints.restore("latest", abstract(state, devices))
+    assert restored.step == 3
+    assert restored.data_state == DATA
+    assert restored.meta == META
+    assert_same_bits(state, restored.state)
+    up = restored.state["params"]["experts"]["up"]
+    assert up.sharding == sharding(devices, "fsdp")
+
+
+def test_partial_restore_leaves_out_what_is_not_asked_for(saved):
+    state = make_state()
+    wanted = {name: state[name] for name in ("params", "router_state")}
+    with Checkpointer(saved, read_only=True) as checkpoints:
+        restored = checkpoints.restore(3, abstract(wanted), partial=True)
+        assert checkpoints.load_meta("latest") == META
+        with pytest.raises(CheckpointError, match=r"key is key<fry>.* and absent here"):
+            checkpoints.restore(3, abstract(wanted))
+    assert_same_bits(wanted, restored.state)
+
+
+def wrong_shape(state):
+    state["params"]["experts"]["up"] = jnp.zeros((16, 48))
+
+
+def wrong_dtype(state):
+    state["step"] = jnp.float32(3)
+
+
+def raw_key(state):
+    state["key"] = jax.random.key_data(state["key"])
+
+
+def extra_leaf(state):
+    state["params"]["experts"]["down"] = jnp.zeros(2)
+
+
+def missing_leaf(state):
+    del state["router_state"]["bias"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (wrong_shape, r"params/experts/up is float32\[16, 24\] .* and float32\[16, 48\] here"),
+        (wrong_dtype, r"step is int32\[\] .* and float32\[\] here"),
+        (raw_key, r"key is key<fry>\[\] .* and uint32\[2\] here"),
+        (extra_leaf, r"params/experts/down is absent in the checkpoint and float32\[2\] here"),
+        (missing_leaf, r"router_state/bias is float32\[8\] in the checkpoint and absent here"),
+    ],
+)
+def test_another_model_is_refused_by_leaf(saved, change, message):
+    state = make_state()
+    change(state)
+    with (
+        Checkpointer(saved, read_only=True) as checkpoints,
+        pytest.raises(CheckpointError, match=message) as caught,
+    ):
+        checkpoints.restore("latest", abstract(state))
+    assert caught.value.exit_code == 4
+
+
+def test_unknown_steps_are_refused_with_the_existing_ones(saved, tmp_path):
+    state = make_state()
+    with Checkpointer(saved, read_only=True) as checkpoints:
+        with pytest.raises(CheckpointError, match=r"no checkpoint 5 .* it has steps \[3\]"):
+            checkpoints.restore(5, abstract(state))
+        with pytest.raises(CheckpointError, match=r"no checkpoint best with the metric bits_per"):
+            checkpoints.resolve("best")
+    with (
+        Checkpointer(tmp_path / "new") as checkpoints,
+        pytest.raises(CheckpointError, match=r"it is empty"),
+    ):
+        checkpoints.restore("latest", abstract(state))
+    with pytest.raises(CheckpointError, match=r"does not exist"):
+        Checkpointer(tmp_path / "nothing", read_only=True)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_keep_rules_and_best_survive_reopening(tmp_path):
+    state = make_state()
+    bits = {1: 2.0, 2: None, 3: 1.0, 4: 3.0, 5: float("nan"), 6: None, 7: 2.5}
+    options: dict[str, Any] = {"keep_latest": 2, "keep_best": 2}
+    with Checkpointer(tmp_path, **options) as checkpoints:
+        for step, value in bits.items():
+            metrics = None if value is None else {"bits_per_byte": value, "accuracy": 0.5}
+            checkpoints.save(step, state, DATA, META, metrics)
+            if step == 4:
+                assert checkpoints.all_steps() == [1, 3, 4]
+        assert checkpoints.all_steps() == [1, 3, 6, 7]
+    (tmp_path / "notes").mkdir()
+    with Checkpointer(tmp_path, **options) as checkpoints:
+        assert checkpoints.best_step() == 3
+        assert checkpoints.restore("best", abstract(state)).step == 3
+        checkpoints.save(8, state, DATA, META, {"bits_per_byte": 1.0})
+        assert checkpoints.all_steps() == [3, 7, 8]
+        assert checkpoints.best_step() == 8  # the newer of two equals
+        assert not checkpoints.save(8, state, DATA, META)
+    with Checkpointer(tmp_path, best_metric="accuracy", best_mode="max") as checkpoints:
+        assert checkpoints.best_step() == 7
+    assert (tmp_path / "notes").is_dir()
+
+
+def test_state_may_be_donated_while_it_is_written(tmp_path):
+    state = {"w": jnp.arange(2**20, dtype=jnp.float32)}
+    advance = jax.jit(lambda tree: jax.tree.map(lambda x: x * 3 + 1, tree), donate_argnums=0)
+    expected = np.asarray(state["w"]).copy()
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {}, {})
+        for _ in range(20):
+            state = advance(state)
+    target = {"w": jax.ShapeDtypeStruct((2**20,), jnp.float32, sharding=sharding(1))}
+    with Checkpointer(tmp_path) as checkpoints:
+        restored = checkpoints.restore("latest", target)
+    np.testing.assert_array_equal(restored.state["w"], expected)
+
+
+@contextlib.contextmanager
+def full_disk():
+    """No file may grow past 64 KB: a write in the background fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def poll_until_it_raises(checkpoints: Checkpointer) -> None:
+    for _ in range(200):
+        checkpoints.poll()
+        time.sleep(0.05)
+
+
+def test_a_failed_save_is_reported_and_the_next_one_works(tmp_path):
+    state = {"w": jax.random.normal(jax.random.key(0), (2**18,))}  # 1 MB that does not compress
+    target = {"w": jax.ShapeDtypeStruct((2**18,), jnp.float32, sharding=sharding(1))}
+    with Checkpointer(tmp_path, keep_latest=1) as checkpoints:
+        checkpoints.save(1, state, DATA, META)
+        checkpoints.wait()
+        with full_disk():
+            checkpoints.save(2, state, DATA, META)
+            with pytest.raises(CheckpointError, match=r"Checkpoint 2 was not saved.*steps .1. are"):
+                poll_until_it_raises(checkpoints)
+        assert checkpoints.all_steps() == [1]
+        assert_same_bits(state, checkpoints.restore("latest", target).state)
+        checkpoints.save(3, state, DATA, META)
+        assert checkpoints.all_steps() == [3]
+        with full_disk():
+            checkpoints.save(4, state, DATA, META)
+            with pytest.raises(CheckpointError, match=r"Checkpoint 4 was not saved"):
+                checkpoints.close()
+
+
+def test_a_leaf_that_is_no_jax_array_is_refused_by_name(tmp_path):
+    with Checkpointer(tmp_path) as checkpoints:
+        with pytest.raises(TypeError, match=r"params/w is a ndarray, not a jax.Array"):
+            checkpoints.save(1, {"params": {"w": np.zeros(2)}}, DATA, META)
+        assert checkpoints.latest_step() is None
+
+
+def flip_byte(path: Path, index: int) -> None:
+    contents = bytearray(path.read_bytes())
+    contents[index] ^= 1
+    path.write_bytes(contents)
+
+
+def test_flipped_bits_never_load(tmp_path):
+    state = {"params": {"w": jax.random.normal(jax.random.key(0), (2**16,))}}
+    target = {"params": {"w": jax.ShapeDtypeStruct((2**16,), jnp.float32, sharding=sharding(1))}}
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(5, state, DATA, META)
+    payload = max(tmp_path.rglob("d/*"), key=lambda path: path.stat().st_size)
+    intact = payload.read_bytes()
+    size = len(intact)
+    with Checkpointer(tmp_path, read_only=True) as checkpoints:
+        for index in range(size // 16, size, size // 8):
+            flip_byte(payload, index)
+            with pytest.raises(CheckpointError, match=r"Checkpoint 5 .* digest of params/w is not"):
+                checkpoints.restore("latest", target)
+            payload.write_bytes(intact)
+        payload.write_bytes(intact[: size // 2])
+        with pytest.raises(CheckpointError, match=r"Checkpoint 5 .* is damaged"):
+            checkpoints.restore("latest", target)
+        payload.write_bytes(intact)
+        assert_same_bits(state, checkpoints.restore("latest", target).state)
+
+
+@pytest.mark.parametrize("name", ["data/metadata", "meta/metadata"])
+def test_changed_json_never_loads(saved, tmp_path, name):
+    copy = tmp_path / "c"
+    shutil.copytree(saved, copy)
+    path = copy / "3" / name
+    value = json.loads(path.read_text())
+    value["next_index"] = 8
+    path.write_text(json.dumps(value))
+    with (
+        Checkpointer(copy, read_only=True) as checkpoints,
+        pytest.raises(CheckpointError, match=r"Checkpoint 3 .* damaged: the contents of"),
+    ):
+        checkpoints.restore("latest", abstract(make_state()))
+
+
+def test_a_step_without_its_record_is_not_a_checkpoint(saved, tmp_path):
+    copy = tmp_path / "c"
+    shutil.copytree(saved, copy)
+    (copy / "9").mkdir()
+    with Checkpointer(copy) as checkpoints:
+        assert checkpoints.latest_step() == 3
+    (copy / "3" / "_CHECKPOINT_METADATA").write_text("{}")
+    with (
+        Checkpointer(copy) as checkpoints,
+        pytest.raises(CheckpointError, match=r"None of the checkpoints \[3, 9\]"),
+    ):
+        checkpoints.latest_step()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "checkpoint.every=0 must be at least 1"),
+        ({"keep_latest": 0}, "checkpoint.keep_latest=0 must be at least 1"),
+        ({"best_mode": "least"}, "best_mode='least' must be"),
+    ],
+)
+def test_impossible_options_are_refused(tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        Checkpointer(tmp_path, **options)
+
+
+def test_due_follows_every(tmp_path):
+    with Checkpointer(tmp_path, every=3) as checkpoints:
+        assert [step for step in range(8) if checkpoints.due(step)] == [3, 6]
+
+
+def test_digest_ignores_sharding_and_sees_every_bit():
+    state = make_state(8)
+    assert digest(state) == digest(make_state(1))
+    draws = np.random.default_rng(0)
+    host = np.asarray(state["params"]["experts"]["up"])
+    before = digest({"x": jnp.asarray(host)})
+    for _ in range(50):
+        changed = host.copy().view(np.uint32)
+        changed[draws.integers(16), draws.integers(24)] ^= np.uint32(1 << draws.integers(32))
+        assert digest({"x": jnp.asarray(changed.view(np.float32))}) != before
+    assert digest({"x": jnp.asarray(host[::-1])}) != before  # the order of rows counts too
+
+
+def run_child(code: str, *arguments: object, **options) -> subprocess.Popen:
+    source = textwrap.dedent(code)
+    command = [sys.executable, "-c", source, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
+
+
+def test_sigkill_while_saving_leaves_the_step_before(tmp_path):
+    child = run_child(
+        """
+        import sys
+        import jax.numpy as jnp
+        from moe.training.checkpoint import Checkpointer
+        state = {"w": jnp.arange(2**24, dtype=jnp.float32)}
+        checkpoints = Checkpointer(sys.argv[1])
+        checkpoints.save(1, state, {"next": 1}, {})
+        checkpoints.wait()
+        checkpoints.save(2, state, {"next": 2}, {})
+        print("saving", flush=True)
+        sys.stdin.read()
+        """,
+        tmp_path,
+        stdin=subprocess.PIPE,
+    )
+    with child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "saving\n"
+        child.send_signal(signal.SIGKILL)
+    assert list(tmp_path.glob("2.orbax-checkpoint-tmp*")), "the kill came after the save"
+    target = {"w": jax.ShapeDtypeStruct((2**24,), jnp.float32, sharding=sharding(1))}
+    with Checkpointer(tmp_path) as checkpoints:
+        restored = checkpoints.restore("latest", target)
+    assert restored.step == 1
+    assert restored.data_state == {"next": 1}
+    assert not list(tmp_path.glob("*tmp*"))
