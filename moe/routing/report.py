@@ -31,8 +31,8 @@ def layer_report(
     probs = jnp.where(valid[..., None], routing.probs, 0.0)
     lse = jnp.where(valid, jax.nn.logsumexp(logits, axis=-1), 0.0)
     fixed = jax.lax.stop_gradient(probs)
-    best = _largest(fixed, K + 1)  # [B S K+1]
-    ranked = (fixed >= best[..., K - 1 : K]) & valid[..., None]
+    last_in, first_out = _border(fixed, K)
+    ranked = (fixed >= last_in[..., None]) & valid[..., None]
     return LayerReport(
         row_tokens=valid.sum(axis=1, dtype=jnp.float32),
         row_requested=_count(routing.plan.expert, requested, E),
@@ -41,8 +41,8 @@ def layer_report(
         row_probs=probs.sum(axis=1),
         row_lse_squared=jnp.square(lse).sum(axis=1),
         row_entropy=jax.scipy.special.entr(fixed).sum(axis=(1, 2)),
-        row_confidence=best[..., 0].sum(axis=1),
-        row_margin=(best[..., K - 1] - best[..., K]).sum(axis=1),
+        row_confidence=fixed.max(axis=-1).sum(axis=1),
+        row_margin=(last_in - first_out).sum(axis=1),
         logit_max=jnp.abs(jax.lax.stop_gradient(logits)).max(),
         expert=jnp.where(kept, routing.plan.expert, -1),
     )
@@ -56,8 +56,15 @@ def _count(
     return hits.sum(axis=(1, 2), dtype=jnp.float32)
 
 
-def _largest(probs: Float[Array, "B S E"], n: int) -> Float[Array, "B S N"]:
-    """Returns the `n` largest, falling; beyond `E` there is probability 0."""
-    E = probs.shape[-1]
-    best = jax.lax.top_k(probs, min(n, E))[0]
-    return jnp.pad(best, ((0, 0), (0, 0), (0, max(n - E, 0))))
+def _border(
+    probs: Float[Array, "B S E"], k: int
+) -> tuple[Float[Array, "B S"], Float[Array, "B S"]]:
+    """Returns the probabilities of rank `k` and `k + 1`; the latter is 0 for k = E.
+
+    Picks them by weights, not by index: XLA turns an index into a slice of a full sort, which on
+    CPU costs fifty times the top-k.
+    """
+    n = min(k + 1, probs.shape[-1])
+    best = jax.lax.top_k(probs, n)[0]
+    rank = jnp.arange(1, n + 1)
+    return (best * (rank == k)).sum(axis=-1), (best * (rank == k + 1)).sum(axis=-1)
