@@ -9,7 +9,7 @@ AnyArray = Array | np.ndarray
 
 
 class Batch(NamedTuple):
-    """Packed documents. A document is `boundary, t1 ... tn`; its targets are `t1 ... tn, boundary`."""
+    """Packed documents: each is `boundary, t1 ... tn`; its targets are `t1 ... tn, boundary`."""
 
     tokens: Int[AnyArray, "B S"]  # int32; 0 where padding
     targets: Int[AnyArray, "B S"]  # int32; the next token of the same document; 0 where padding
@@ -17,5 +17,3 @@ class Batch(NamedTuple):
     positions: Int[AnyArray, "B S"]  # int32; position inside the document's part of the row
     valid: Bool[AnyArray, "B S"]  # True for a real token: the only padding mask there is
     domain: Int[AnyArray, " B"]  # int32; index of the row's text domain
-
-

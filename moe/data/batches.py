@@ -1,0 +1,316 @@
+"""From the config's `data` section to batches: mixing, shuffling, sharding by process, resuming.
+
+A global batch is the same rows whatever the number of processes; process p of n takes the p-th of
+n equal blocks of it. The place in the data is the number of global batches consumed.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import os
+from pathlib import Path
+import sys
+from typing import Any
+
+import grain
+import numpy as np
+
+from moe.config import ConfigDict, nearest
+from moe.data.pack import PackedRows, Row, padding_row
+from moe.data.sources import open_source
+from moe.data.sources.types import SPLITS, Request
+from moe.data.store import Count, TokenStore, cached_tokenizer, open_tokens
+from moe.data.tokenizers import Tokenizer
+from moe.data.types import Batch
+from moe.errors import CheckpointError, ConfigError, DataError
+
+_EVAL_ORDER = 0  # seed of the fixed order of evaluation rows
+_READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)  # the buffer counts batches
+
+
+def make_data(section: ConfigDict, *, seed: int, tokenizer: Tokenizer | None = None) -> "TextData":
+    """Opens what the config's `data` section describes: its keys are the arguments of `text_data`.
+
+    Args:
+        section: `config.data`.
+        seed: of the order of documents and rows in training.
+        tokenizer: the one saved with a run; None makes the one that the section describes.
+    """
+    return text_data(**section.to_dict(), seed=seed, saved_tokenizer=tokenizer)
+
+
+def text_data(
+    *,
+    name: str,
+    batch_size: int,
+    sequence_length: int,
+    seed: int,
+    tokenizer: str = "bytes",
+    vocab_size: int | None = None,
+    weights: Mapping[str, float] | None = None,
+    files: str | Mapping[str, str] | None = None,
+    text_feature: str = "text",
+    directory: str | None = None,
+    saved_tokenizer: Tokenizer | None = None,
+) -> "TextData":
+    """Opens, tokenises and packs a text corpus.
+
+    Args:
+        name: `stdlib`, `files`, or `tfds:NAME`.
+        batch_size: sequences of the global batch.
+        sequence_length: tokens of a row.
+        seed: of the order of documents and rows in training.
+        tokenizer: `bytes` or `bpe`.
+        vocab_size: of `bpe`; `bytes` has its own.
+        weights: domain to weight in training; a domain left out is not trained on. None: by size.
+        files: glob, or domain to glob, for `files`.
+        text_feature: for `tfds`.
+        directory: of prepared data and token files; None is TFDS's default.
+        saved_tokenizer: overrides `tokenizer` and `vocab_size`.
+
+    Raises:
+        ConfigError: an unknown name, or numbers that cannot work.
+        DataError: data that is missing, unreadable, empty or too small.
+    """
+    for key, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
+        if value < 1:
+            raise ConfigError(f"data.{key}={value} must be greater than 0.")
+    root = data_directory(directory)
+    kind, _, dataset = name.partition(":")
+    source = open_source(kind, Request(dataset, root, files, text_feature))
+    made = saved_tokenizer or cached_tokenizer(source, root, tokenizer, vocab_size)
+    store = open_tokens(source, root, made)
+    mix = _mixing_weights(weights, store)
+    data = TextData(made, store, mix, batch_size, sequence_length, seed)
+    rows = data.num_rows("train")
+    if rows < batch_size:
+        raise DataError(
+            f"Training on {name!r} needs at least data.batch_size={batch_size} rows of "
+            f"data.sequence_length={sequence_length} tokens, and has {rows}: give more text, or "
+            "lower data.batch_size or data.sequence_length."
+        )
+    return data
+
+
+def data_directory(directory: str | None) -> Path:
+    """Returns `data.directory`, or TFDS's default: `TFDS_DATA_DIR` or ~/tensorflow_datasets."""
+    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    return Path(directory or default).expanduser()
+
+
+def _mixing_weights(weights: Mapping[str, float] | None, store: TokenStore) -> dict[str, float]:
+    """Returns the weights of the domains to train on: positive, summing to 1."""
+    tokens = {name: count.tokens for name, count in store.counts["train"].items()}
+    if weights is None:
+        weights = {name: float(n) for name, n in tokens.items()}
+    for name, weight in weights.items():
+        if name not in tokens:
+            raise ConfigError(
+                f"data.weights names the domain {name!r}, which the data lacks; "
+                f"{nearest(name, tokens)}."
+            )
+        if not (np.isfinite(weight) and weight >= 0):
+            raise ConfigError(f"data.weights.{name}={weight} must be a number of at least 0.")
+        if weight > 0 and tokens[name] == 0:
+            raise DataError(f"data.weights.{name}={weight}, but train has no text of {name!r}.")
+    total = sum(weights.values())
+    if not total > 0:
+        raise ConfigError(f"data.weights={weights} must have a sum greater than 0.")
+    return {name: weights[name] / total for name in store.domains if weights.get(name, 0) > 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextData:
+    """A tokenised corpus, ready to be read. Make it with `make_data`."""
+
+    tokenizer: Tokenizer
+    store: TokenStore
+    weights: dict[str, float]  # of the domains trained on
+    batch_size: int  # of the global batch
+    sequence_length: int
+    seed: int
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains; `Batch.domain` indexes them."""
+        return self.store.domains
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all tokens of all splits and of the tokenizer."""
+        return self.store.fingerprint
+
+    @property
+    def counts(self) -> dict[str, dict[str, Count]]:
+        """Documents, tokens and bytes by split and domain."""
+        return self.store.counts
+
+    def num_rows(self, split: str) -> int:
+        """Rows of one epoch of the split, over the domains that are read there."""
+        return sum(map(len, self._rows(split)))
+
+    def num_batches(self, split: str) -> int:
+        """Global batches that `eval_batches` yields."""
+        return -(-self.num_rows(split) // self.batch_size)
+
+    def train_batches(
+        self,
+        process_index: int = 0,
+        process_count: int = 1,
+        start_state: dict[str, Any] | None = None,
+    ) -> "TrainBatches":
+        """Returns an endless iterator over this process's blocks of the global batches.
+
+        Args:
+            process_index: which block.
+            process_count: number of blocks; must divide the batch size.
+            start_state: what `get_state` returned, on any number of processes; None is the start.
+        """
+        mixed = self._mixed()
+        block = _blocks(mixed, sys.maxsize, self.batch_size, process_index, process_count)
+        batches = TrainBatches(_read(block, self.batch_size // process_count), self._identity())
+        if start_state is not None:
+            batches.set_state(start_state)
+        return batches
+
+    def eval_batches(
+        self, split: str, process_index: int = 0, process_count: int = 1
+    ) -> Iterator[Batch]:
+        """Yields this process's blocks of a split: every row once, always in the same order.
+
+        The order mixes the domains, so that the first batches are a fair sample. The last batch is
+        filled with rows of padding; every process gets as many batches as the others.
+        """
+        rows = _EvalRows(self._rows(split), self.num_batches(split) * self.batch_size)
+        block = _blocks(rows, len(rows), self.batch_size, process_index, process_count)
+        return iter(_read(block, self.batch_size // process_count))
+
+    def _rows(self, split: str) -> list[PackedRows]:
+        """Returns the rows of each domain: in training only those with a weight, shuffled."""
+        if split not in SPLITS:
+            raise ConfigError(f"There is no split {split!r}; {nearest(split, SPLITS)}.")
+        train = split == "train"
+        return [
+            PackedRows(tokens, m, self.sequence_length, self.seed if train else None)
+            for tokens in [self.store.splits[split]]
+            for m, name in enumerate(self.domains)
+            if name in self.weights or not train
+        ]
+
+    def _mixed(self) -> grain.MapDataset:
+        """Returns the endless stream of training rows; each domain is shuffled anew each epoch."""
+        parts = []
+        for rows in self._rows("train"):
+            seed = np.random.SeedSequence([self.seed, len(parts)]).generate_state(1)[0]
+            parts.append(grain.MapDataset.source(rows).shuffle(int(seed)).repeat())
+        if len(parts) == 1:
+            return parts[0]
+        return grain.MapDataset.mix(parts, weights=list(self.weights.values()))
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "fingerprint": self.fingerprint,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "sequence_length": self.sequence_length,
+            "weights": self.weights,
+        }
+
+
+class TrainBatches:
+    """An endless iterator over training batches that can stop and resume at any batch.
+
+    Args:
+        batches: the batches of this process.
+        identity: what must be equal for a state to mean the same place.
+    """
+
+    def __init__(self, batches: grain.IterDataset, identity: dict[str, Any]):
+        self._iterator = iter(batches)
+        self._identity = identity
+
+    def __iter__(self) -> "TrainBatches":
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the place after the batches consumed, as JSON; the same on every process."""
+        return {**self._identity, "next_batch": self._iterator.get_state()["next_index"]}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a place that `get_state` returned.
+
+        Raises:
+            CheckpointError: it is a place in other data, or in data that was read otherwise.
+        """
+        for key, now in self._identity.items():
+            if key not in state or state[key] != now:
+                raise CheckpointError(
+                    f"The checkpoint's place in the data belongs to {key}={state.get(key)!r}, and "
+                    f"now it is {now!r}: training would not continue where it stopped. Restore the "
+                    "data and the config of the run, or start a new workdir."
+                )
+        place = state.get("next_batch")
+        if not isinstance(place, int) or place < 0:
+            raise CheckpointError(f"The checkpoint's place in the data is {place!r}, not a number.")
+        self._iterator.set_state({"next_index": place})
+
+
+class _EvalRows:
+    """The rows of all domains in one fixed shuffled order, then padding up to `length`."""
+
+    def __init__(self, parts: Sequence[PackedRows], length: int):
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+        self._order = np.random.RandomState(_EVAL_ORDER).permutation(self._ends[-1])
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Row:
+        if index >= len(self._order):
+            return padding_row(self._parts[0].length)
+        row = int(self._order[index])
+        part = int(np.searchsorted(self._ends, row, side="right"))
+        return self._parts[part][row - int(self._ends[part]) + len(self._parts[part])]
+
+
+class _Block:
+    """The rows of one process: block p of every global batch, batch after batch."""
+
+    def __init__(self, rows, length: int, batch_size: int, block: int, blocks: int):
+        self._rows = rows
+        self._length = length // batch_size * (batch_size // blocks)
+        self._batch = batch_size
+        self._own = batch_size // blocks
+        self._first = block * self._own
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Row:
+        batch, row = divmod(index, self._own)
+        return self._rows[batch * self._batch + self._first + row]
+
+
+def _blocks(rows, length: int, batch_size: int, index: int, count: int) -> _Block:
+    if batch_size % count:
+        raise ConfigError(
+            f"data.batch_size={batch_size} is not divisible by the {count} processes: each takes "
+            "an equal part of every batch."
+        )
+    if not 0 <= index < count:
+        raise ConfigError(f"There is no process {index} of {count}.")
+    return _Block(rows, length, batch_size, index, count)
+
+
+def _read(rows: _Block, batch_size: int) -> grain.IterDataset:
+    """Batches rows and reads ahead in threads."""
+    batched = grain.MapDataset.source(rows).batch(batch_size, batch_fn=_stack)
+    return batched.to_iter_dataset(_READ)
+
+
+def _stack(rows: Sequence[Row]) -> Batch:
+    return Batch(*(np.stack(field) for field in zip(*rows, strict=True)))

@@ -1,0 +1,221 @@
+"""Token files: each split tokenised once, then mapped into memory.
+
+A split is one long array `boundary t1 ... tn boundary t1 ... tm boundary`: every document starts
+with the boundary, and the last one is closed by it, so that the target of any position is the next
+element. Files are written to a temporary directory and renamed, so that a directory that exists is
+whole, whoever else was writing it.
+"""
+
+from collections.abc import Generator, Iterator
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+import shutil
+import tempfile
+from typing import NamedTuple
+
+from jaxtyping import Int
+import numpy as np
+
+from moe.data.sources.types import SPLITS, Document, Source
+from moe.data.tokenizers import Tokenizer, from_json, make_tokenizer
+from moe.errors import DataError
+
+_VERSION = 1  # of the layout of the files
+_CHUNK = 1 << 20  # characters tokenised at once
+_META = "meta.json"
+
+
+class TokenSplit(NamedTuple):
+    """The tokens of one split. `n` documents; document d is `ids[starts[d]:starts[d + 1]]`."""
+
+    ids: Int[np.ndarray, " T"]  # uint16 or int32, memory-mapped; one closing boundary at the end
+    starts: Int[np.ndarray, " n+1"]  # int64; starts[n] is where the closing boundary lies
+    domain: Int[np.ndarray, " n"]  # int32, index into `TokenStore.domains`
+
+
+class Count(NamedTuple):
+    """The size of a domain in a split. `tokens` are targets: one boundary a document included."""
+
+    documents: int
+    tokens: int
+    bytes: int
+
+
+class TokenStore(NamedTuple):
+    """All tokens of a source. `fingerprint` hashes the tokens themselves and the tokenizer."""
+
+    domains: tuple[str, ...]
+    splits: dict[str, TokenSplit]
+    counts: dict[str, dict[str, Count]]  # split -> domain
+    fingerprint: str
+
+
+def cached_tokenizer(
+    source: Source, directory: Path, kind: str, vocab_size: int | None
+) -> Tokenizer:
+    """Returns the tokenizer of the config, trained on the train split once for each source."""
+    texts = (document.text for document in source.documents("train"))
+    if kind != "bpe":
+        return make_tokenizer(kind, vocab_size, texts)
+    path = directory / "tokens" / _digest(source.identity, kind, vocab_size) / "tokenizer.json"
+    if not path.is_file():
+        tokenizer = make_tokenizer(kind, vocab_size, texts)
+        with _directory_in_one_go(path.parent) as temporary:
+            (temporary / path.name).write_text(tokenizer.to_json(), encoding="utf-8")
+    return from_json(path.read_text(encoding="utf-8"))
+
+
+def open_tokens(source: Source, directory: Path, tokenizer: Tokenizer) -> TokenStore:
+    """Opens the tokens of a source, tokenising it first where that has not been done.
+
+    Args:
+        source: the text.
+        directory: the data directory; tokens are in `tokens/<key>/` below it.
+        tokenizer: from text to ids.
+
+    Raises:
+        DataError: a split without text, unreadable text, a directory that cannot be written, or
+            token files that are damaged.
+    """
+    path = directory / "tokens" / _digest(source.identity, tokenizer.to_json())
+    if not path.is_dir():
+        with _directory_in_one_go(path) as temporary:
+            _write(source, tokenizer, temporary)
+    return _open(path, tokenizer)
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps([_VERSION, *parts]).encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def _directory_in_one_go(path: Path) -> Generator[Path]:
+    """Gives a temporary directory that becomes `path` at the end, or nothing if the body fails."""
+    new = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=path.parent))
+    except OSError as error:
+        raise DataError(
+            f"Cannot write tokens to {path.parent}: {error.strerror or error}. Set data.directory "
+            "to a directory that can be written."
+        ) from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp's is for its owner alone; the cache may be shared
+        _rename_unless_there(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in new:
+            with contextlib.suppress(OSError):  # not empty: something was written
+                parent.rmdir()
+
+
+def _rename_unless_there(temporary: Path, path: Path) -> None:
+    """Renames a directory; another process that was faster has written the same, and wins."""
+    try:
+        temporary.rename(path)
+    except OSError:
+        if not path.is_dir():
+            raise
+
+
+def _write(source: Source, tokenizer: Tokenizer, path: Path) -> None:
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
+    names: dict[str, int] = {}  # domain -> index in the order met
+    digest = hashlib.sha256(tokenizer.to_json().encode())
+    lengths = {}
+    for split in SPLITS:
+        starts, domain, sizes = [0], [], []
+        with (path / f"{split}.ids").open("wb") as file:
+            for document, ids in _tokenised(source.documents(split), tokenizer):
+                record = np.concatenate([[tokenizer.boundary], ids]).astype(dtype).tobytes()
+                file.write(record)
+                digest.update(record)
+                starts.append(starts[-1] + len(ids) + 1)
+                domain.append(names.setdefault(document.domain, len(names)))
+                sizes.append(len(document.text.encode("utf-8")))
+            file.write(np.array([tokenizer.boundary], dtype).tobytes())
+        if not domain:
+            raise DataError(
+                f"The {split} split of {source.name!r} has no text. Every split needs at least one "
+                "document that is not empty: give more documents, or longer ones."
+            )
+        np.save(path / f"{split}.starts.npy", np.array(starts, np.int64))
+        lengths[split] = (np.array(domain, np.int32), np.diff(starts), np.array(sizes))
+    _write_domains(path, names, lengths, digest, dtype)
+
+
+def _write_domains(path: Path, names: dict[str, int], lengths, digest, dtype: np.dtype) -> None:
+    """Numbers the domains by name, and writes counts and the fingerprint."""
+    domains = sorted(names)
+    renumber = np.array([domains.index(name) for name in names], np.int32)
+    counts: dict[str, dict[str, Count]] = {}
+    for split, (met, tokens, sizes) in lengths.items():
+        domain = renumber[met]
+        np.save(path / f"{split}.domain.npy", domain)
+        digest.update(domain.tobytes())
+        counts[split] = {
+            name: Count(int(own.sum()), int(tokens[own].sum()), int(sizes[own].sum()))
+            for name, own in ((name, domain == m) for m, name in enumerate(domains))
+        }
+    digest.update("\n".join(domains).encode())
+    meta = {
+        "domains": domains,
+        "dtype": dtype.name,
+        "counts": counts,
+        "fingerprint": digest.hexdigest()[:32],
+    }
+    (path / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _tokenised(
+    documents: Iterator[Document], tokenizer: Tokenizer
+) -> Iterator[tuple[Document, np.ndarray]]:
+    """Tokenises in chunks, so that a corpus need not fit in memory. Leaves out empty documents."""
+    chunk: list[Document] = []
+    size = 0
+    for document in documents:
+        if document.text:
+            chunk.append(document)
+            size += len(document.text)
+        if size >= _CHUNK:
+            yield from _encoded(chunk, tokenizer)
+            chunk, size = [], 0
+    yield from _encoded(chunk, tokenizer)
+
+
+def _encoded(chunk: list[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray]]:
+    ids = tokenizer.encode_batch([document.text for document in chunk])
+    return zip(chunk, ids, strict=True)
+
+
+def _open(path: Path, tokenizer: Tokenizer) -> TokenStore:
+    try:
+        meta = json.loads((path / _META).read_text(encoding="utf-8"))
+        splits = {split: _open_split(path, split, np.dtype(meta["dtype"])) for split in SPLITS}
+        counts = {
+            split: {name: Count(*count) for name, count in of_split.items()}
+            for split, of_split in meta["counts"].items()
+        }
+        store = TokenStore(tuple(meta["domains"]), splits, counts, meta["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(_damaged(path, repr(error))) from error
+    for split, tokens in splits.items():
+        if len(tokens.ids) != tokens.starts[-1] + 1 or tokens.ids[-1] != tokenizer.boundary:
+            raise DataError(_damaged(path, f"{split}.ids has {len(tokens.ids)} tokens"))
+    return store
+
+
+def _open_split(path: Path, split: str, dtype: np.dtype) -> TokenSplit:
+    return TokenSplit(
+        ids=np.memmap(path / f"{split}.ids", dtype, mode="r"),
+        starts=np.load(path / f"{split}.starts.npy", mmap_mode="r"),
+        domain=np.load(path / f"{split}.domain.npy", mmap_mode="r"),
+    )
+
+
+def _damaged(path: Path, what: str) -> str:
+    return f"The token files in {path} are damaged ({what}). Delete that directory to remake them."

@@ -1,0 +1,176 @@
+"""Text to token ids and back: bytes, and byte-level BPE.
+
+Both hold one extra token, the document boundary, which no text can produce: documents start with
+it and end by predicting it. `decode(encode(text)) == text` for any text.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+import json
+from typing import Any
+
+from jaxtyping import Int
+import numpy as np
+import tokenizers as hf
+
+from moe.config import nearest
+from moe.errors import ConfigError, DataError
+
+_BYTES = 256
+_LANES = 64  # the byte vocabulary is padded to a multiple, for sharding and matrix units
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer. Make it with `make_tokenizer` or `from_json`."""
+
+    kind: str  # bytes or bpe
+    vocab_size: int  # rows of the embedding: ids are less than this, and some may be unused
+    boundary: int  # the token between documents
+    spelling: tuple[bytes, ...]  # the bytes of each id in use, the boundary left out
+    encode_batch: Callable[[list[str]], list[np.ndarray]]  # int32 ids of each text, no boundaries
+    model: dict[str, Any] | None  # of bpe: the library's JSON
+
+    @property
+    def token_bytes(self) -> Int[np.ndarray, " V"]:
+        """UTF-8 bytes each token stands for, int32; 0 for the boundary and unused ids.
+
+        Bits per byte: the nats of all targets, over the bytes of all targets, over ln 2.
+        """
+        sizes = np.zeros(self.vocab_size, np.int32)
+        sizes[: len(self.spelling)] = [len(spelling) for spelling in self.spelling]
+        return sizes
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Returns the text of ids; boundary and unused ids are left out, broken UTF-8 replaced."""
+        used = (self.spelling[int(i)] for i in ids if int(i) < len(self.spelling))
+        return b"".join(used).decode("utf-8", errors="replace")
+
+    def token_text(self, token: int) -> str:
+        """Returns one token for display: part of a character as hex, the boundary as a symbol."""
+        if token == self.boundary:
+            return "\N{SYMBOL FOR END OF TRANSMISSION}"
+        if token >= len(self.spelling):
+            return "\N{REPLACEMENT CHARACTER}"
+        return self.spelling[token].decode("utf-8", errors="backslashreplace")
+
+    def to_json(self) -> str:
+        """Returns everything `from_json` needs to make the same tokenizer."""
+        return json.dumps({"kind": self.kind, "vocab_size": self.vocab_size, "model": self.model})
+
+
+def byte_tokenizer() -> Tokenizer:
+    """UTF-8 bytes: ids 0 to 255, the boundary 256, padded to 320."""
+
+    def encode_batch(texts: list[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) for text in texts]
+
+    return Tokenizer(
+        kind="bytes",
+        vocab_size=-(-(_BYTES + 1) // _LANES) * _LANES,
+        boundary=_BYTES,
+        spelling=tuple(bytes([i]) for i in range(_BYTES)),
+        encode_batch=encode_batch,
+        model=None,
+    )
+
+
+def bpe_tokenizer(model: str, vocab_size: int) -> Tokenizer:
+    """Byte-level byte-pair encoding (Sennrich 2016; on bytes, as GPT-2), by `tokenizers`.
+
+    The boundary follows the learned tokens and is unknown to the library, so no text can spell it.
+
+    Args:
+        model: the library's tokenizer as JSON.
+        vocab_size: rows of the embedding; ids beyond the boundary are unused.
+
+    Raises:
+        DataError: vocab_size does not hold the learned tokens and the boundary.
+    """
+    library = hf.Tokenizer.from_str(model)
+    tokens = sorted(library.get_vocab().items(), key=lambda item: item[1])
+    if vocab_size <= len(tokens):
+        raise DataError(f"{len(tokens)} tokens and a boundary do not fit vocab_size={vocab_size}.")
+    byte = {char: i for i, char in enumerate(_byte_characters())}
+
+    def encode_batch(texts: list[str]) -> list[np.ndarray]:
+        encoded = library.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(one.ids, np.int32) for one in encoded]
+
+    return Tokenizer(
+        kind="bpe",
+        vocab_size=vocab_size,
+        boundary=len(tokens),
+        spelling=tuple(bytes(byte[char] for char in token) for token, _ in tokens),
+        encode_batch=encode_batch,
+        model=json.loads(library.to_str()),
+    )
+
+
+def _byte_characters() -> list[str]:
+    """Returns the printable character that byte-level BPE writes for each byte.
+
+    Printable Latin-1 stands for itself; the other bytes, in order, for U+0100 and on (GPT-2).
+    """
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [i for i in range(_BYTES) if i not in own]
+    table = {i: chr(i) for i in own} | {i: chr(_BYTES + n) for n, i in enumerate(others)}
+    return [table[i] for i in range(_BYTES)]
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int | None) -> Tokenizer:
+    """Learns merges from texts. The same texts give the same tokenizer.
+
+    Args:
+        texts: the training split, and nothing else.
+        vocab_size: tokens, the boundary included. A small corpus may learn fewer: the rest is
+            unused.
+
+    Raises:
+        ConfigError: vocab_size does not hold the bytes and the boundary.
+    """
+    if vocab_size is None or vocab_size < _BYTES + 1:
+        raise ConfigError(
+            f"data.vocab_size={vocab_size}: byte-level BPE needs {_BYTES} bytes and the boundary, "
+            f"so at least {_BYTES + 1}. A common choice for a few megabytes is 4096."
+        )
+    library = hf.Tokenizer(hf.models.BPE())
+    library.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        initial_alphabet=_byte_characters(),
+        special_tokens=[],
+        show_progress=False,
+    )
+    library.train_from_iterator(texts, trainer)
+    return bpe_tokenizer(library.to_str(), vocab_size)
+
+
+def make_tokenizer(kind: str, vocab_size: int | None, texts: Iterable[str]) -> Tokenizer:
+    """Makes the tokenizer that `data.tokenizer` names; only `bpe` reads `vocab_size` and `texts`.
+
+    Raises:
+        ConfigError: no such tokenizer, or a vocabulary too small for it.
+    """
+    if kind == "bytes":
+        return byte_tokenizer()
+    if kind == "bpe":
+        return train_bpe(texts, vocab_size)
+    raise ConfigError(f"data.tokenizer={kind!r} is none; {nearest(kind, ('bytes', 'bpe'))}.")
+
+
+def from_json(text: str) -> Tokenizer:
+    """Makes the tokenizer that `Tokenizer.to_json` wrote.
+
+    Raises:
+        DataError: the text is something else.
+    """
+    try:
+        record = json.loads(text)
+        if record["kind"] == "bytes":
+            return byte_tokenizer()
+        if record["kind"] == "bpe":
+            return bpe_tokenizer(json.dumps(record["model"]), record["vocab_size"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"This is no saved tokenizer: {text[:80]!r} ({error!r}).") from error
+    raise DataError(f"A saved tokenizer of kind {record['kind']!r}, which this version lacks.")
