@@ -52,7 +52,7 @@ def route(
     """
     del key, token_ids
     log_score = jax.nn.log_sigmoid(logits)
-    biased = jnp.exp(log_score) + (0.0 if state is None else state["bias"])
+    biased = jnp.exp(log_score) + (0.0 if state is None else state["bias"][None, None])
     expert = select(keep_groups(biased, groups, groups_kept), k)
     gate = gather(log_score, expert)
     gate = scale * (jnp.exp(gate) if k == 1 else jax.nn.softmax(gate))
@@ -69,7 +69,7 @@ def keep_groups(
     grouped = jax.lax.stop_gradient(scores).reshape(B, S, groups, E // groups)
     best_two = jax.lax.top_k(grouped, min(2, E // groups))[0]
     kept = select(best_two.sum(axis=-1), groups_kept)
-    mask = (kept[..., None] == jnp.arange(groups)).any(axis=-2)  # [B S G]
+    mask = jax.nn.one_hot(kept, groups, dtype=bool).any(axis=-2)  # [B S G]
     return jnp.where(jnp.repeat(mask, E // groups, axis=-1), scores, -jnp.inf)
 
 

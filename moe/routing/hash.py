@@ -49,8 +49,8 @@ def route(
     logits = jnp.zeros_like(logits)
     expert = jnp.take(state["table"], token_ids, axis=0, mode="clip")
     gate = jnp.full(expert.shape, 1.0 / k)
-    one_hot = expert[..., None] == jnp.arange(logits.shape[-1])  # [B S K E]
-    return Routing(logits, one_hot.sum(axis=-2) / k, choices(expert, gate, valid))
+    chosen = jax.nn.one_hot(expert, logits.shape[-1])  # [B S K E]
+    return Routing(logits, chosen.sum(axis=-2) / k, choices(expert, gate, valid))
 
 
 def init_state(

@@ -52,7 +52,7 @@ def _count(
     expert: Int[Array, "B S K"], counted: Bool[Array, "B S K"], num_experts: int
 ) -> Float[Array, "B E"]:
     """Counts each expert's choices in each row."""
-    hits = (expert[..., None] == jnp.arange(num_experts)) & counted[..., None]  # [B S K E]
+    hits = jax.nn.one_hot(expert, num_experts, dtype=bool) & counted[..., None]  # [B S K E]
     return hits.sum(axis=(1, 2), dtype=jnp.float32)
 
 
@@ -66,5 +66,5 @@ def _border(
     """
     n = min(k + 1, probs.shape[-1])
     best = jax.lax.top_k(probs, n)[0]
-    rank = jnp.arange(1, n + 1)
+    rank = 1 + jax.lax.broadcasted_iota(jnp.int32, best.shape, 2)
     return (best * (rank == k)).sum(axis=-1), (best * (rank == k + 1)).sum(axis=-1)

@@ -22,7 +22,7 @@ def gather(scores: Float[Array, "B S E"], expert: Int[Array, "B S K"]) -> Float[
     Compares with every expert number instead of indexing: the gradient is then a sum, not a
     scatter, and shards over `B` without communication.
     """
-    chosen = expert[..., None] == jnp.arange(scores.shape[-1])  # [B S K E]
+    chosen = jax.nn.one_hot(expert, scores.shape[-1], dtype=bool)  # [B S K E]
     return jnp.sum(jnp.where(chosen, scores[..., None, :], 0.0), axis=-1)
 
 

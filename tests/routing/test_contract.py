@@ -1,0 +1,251 @@
+"""What every router promises, whatever its paper: one file over the table of routers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe.routing.report import layer_report
+from moe.routing.table import ROUTERS, check_router
+from tests.routing.cases import CASES, random_logits
+
+B, S, E = 3, 6, 8
+
+every_router = pytest.mark.parametrize("case", CASES, ids=str)
+learned_routers = pytest.mark.parametrize("case", [c for c in CASES if c.router.learned], ids=str)
+
+
+def test_every_router_of_the_table_is_under_contract():
+    assert {case.name for case in CASES} == set(ROUTERS)
+
+
+@every_router
+def test_config_of_each_case_passes_its_own_check(case):
+    check_router(case.name, E, k=case.k, **case.options)
+
+
+@every_router
+@pytest.mark.parametrize("kind", ["normal", "zeros", "equal", "huge", "mixed"])
+def test_shapes_types_and_finite_numbers_at_extreme_logits(case, kind):
+    logits = {
+        "normal": random_logits(),
+        "zeros": jnp.zeros((B, S, E)),
+        "equal": jnp.full((B, S, E), 3.0),
+        "huge": jnp.full((B, S, E), -1e4),
+        "mixed": jnp.sign(random_logits()) * 1e4,
+    }[kind]
+    routing = case.route(logits)
+    assert_well_formed(routing, case.k, E)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.k == 1], ids=str)
+def test_one_token_and_one_expert(case):
+    routing = case.route(jnp.ones((1, 1, 1)))
+    assert_well_formed(routing, 1, 1)
+    assert routing.plan.expert.item() == 0
+
+
+def assert_well_formed(routing, k, num_experts):
+    plan = routing.plan
+    assert plan.expert.dtype == jnp.int32
+    assert plan.valid.dtype == jnp.bool_
+    for x in (routing.logits, routing.probs, plan.gate):
+        assert x.dtype == jnp.float32
+        assert bool(jnp.isfinite(x).all())
+    assert routing.probs.shape == routing.logits.shape
+    assert plan.expert.shape == plan.gate.shape == plan.valid.shape
+    assert plan.expert.shape == (*routing.probs.shape[:2], k)
+    assert 0 <= int(plan.expert.min()) <= int(plan.expert.max()) < num_experts
+    np.testing.assert_allclose(routing.probs.sum(-1), 1.0, rtol=1e-5)
+
+
+@every_router
+def test_k_different_experts_and_no_negative_gate(case):
+    plan = case.route(random_logits()).plan
+    ordered = np.sort(np.asarray(plan.expert), axis=-1)
+    assert (np.diff(ordered, axis=-1) > 0).all()
+    assert bool((plan.gate >= 0).all())
+    assert bool(plan.valid.all())
+
+
+@every_router
+def test_gate_sum(case):
+    routing = case.route(random_logits())
+    total = routing.plan.gate.sum(-1)
+    if case.gate_sum is not None:
+        np.testing.assert_allclose(total, case.gate_sum, rtol=1e-5)
+    elif case.softmax:  # raw probabilities: the K largest, which are below 1 together
+        best = jnp.sort(routing.probs, axis=-1)[..., -case.k :].sum(-1)
+        np.testing.assert_allclose(total, best, rtol=1e-6)
+        assert bool((total < 1).all())
+
+
+@learned_routers
+def test_permuting_experts_permutes_the_choices(case):
+    logits, state = random_logits(), case.state(E)
+    groups = case.options.get("groups", 1)
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        order = rng.permuted(np.arange(E).reshape(groups, -1), axis=1)  # inside each group
+        order = order[rng.permutation(groups)].reshape(-1)  # and groups as a whole
+        new_state = {name: value[order] for name, value in state.items()}
+        a = case.route(logits, state=state)
+        b = case.route(logits[..., order], state=new_state)
+        np.testing.assert_array_equal(order[b.plan.expert], a.plan.expert)
+        np.testing.assert_allclose(b.plan.gate, a.plan.gate, rtol=1e-5)
+        np.testing.assert_allclose(b.probs, a.probs[..., order], rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name == "hash"], ids=str)
+def test_permuting_the_entries_of_a_table_permutes_the_choices(case):
+    state, order = case.state(E), np.random.default_rng(0).permutation(E)
+    a = case.route(random_logits(), state=state)
+    b = case.route(random_logits(), state={"table": jnp.asarray(order)[state["table"]]})
+    np.testing.assert_array_equal(b.plan.expert, order[a.plan.expert])
+
+
+@every_router
+def test_other_rows_of_the_batch_change_nothing(case):
+    logits, ids = random_logits(), np.arange(B * S).reshape(B, S) % 11
+    other_logits = logits.at[1:].set(random_logits(seed=7)[1:] * 3)
+    other_ids = np.concatenate([ids[:1], (ids[1:] + 4) % 11])
+    a = case.route(logits, token_ids=ids).plan
+    b = case.route(other_logits, token_ids=other_ids).plan
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x[0], y[0])
+
+
+@every_router
+def test_later_tokens_change_nothing(case):
+    assert case.router.causality == "C0"
+    logits, ids = random_logits(), np.arange(B * S).reshape(B, S) % 11
+    before = case.route(logits, token_ids=ids).plan
+    for t in range(S - 1):
+        changed = logits.at[:, t + 1 :].set(random_logits(seed=t + 1)[:, t + 1 :] * 3)
+        new_ids = np.where(np.arange(S) > t, (ids + 5) % 11, ids)
+        after = case.route(changed, token_ids=new_ids).plan
+        for x, y in zip(before, after, strict=True):
+            np.testing.assert_array_equal(x[:, : t + 1], y[:, : t + 1])
+
+
+@learned_routers
+def test_gradient_equals_finite_differences_and_is_not_zero(case):
+    h, weight = 1e-5, np.random.default_rng(1).normal(size=(1, 3, case.k))
+    with jax.enable_x64(True):
+        logits = np.asarray(random_logits((1, 3, E), seed=2), np.float64)
+        state = {name: jnp.asarray(value) for name, value in case.state(E).items()}
+
+        def loss(x):
+            return (case.route(x, state=state).plan.gate * weight).sum()
+
+        gradient = np.asarray(jax.grad(loss)(jnp.asarray(logits)))
+        numeric = np.zeros_like(logits)
+        for i in np.ndindex(logits.shape):
+            step = np.zeros_like(logits)
+            step[i] = h
+            numeric[i] = (loss(logits + step) - loss(logits - step)) / (2 * h)
+    np.testing.assert_allclose(gradient, numeric, rtol=1e-3, atol=1e-8)
+    assert np.abs(gradient).max() > 1e-3
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.router.learned], ids=str)
+def test_a_router_that_learns_nothing_gives_no_gradient(case):
+    def loss(x):
+        routing = case.route(x)
+        return routing.plan.gate.sum() + (routing.probs**2).sum() + (routing.logits**2).sum()
+
+    assert not np.asarray(jax.grad(loss)(random_logits())).any()
+
+
+@every_router
+def test_state_gets_no_gradient(case):
+    state = {k: v for k, v in case.state(E).items() if jnp.issubdtype(v.dtype, jnp.floating)}
+    if state:
+        loss = lambda s: case.route(random_logits(), state=s).plan.gate.sum()  # noqa: E731
+        assert not any(np.asarray(g).any() for g in jax.tree.leaves(jax.grad(loss)(state)))
+
+
+@every_router
+def test_same_key_same_choices_and_other_key_only_if_declared(case):
+    a, b, c = (case.route(random_logits(), seed=seed).plan for seed in (1, 1, 2))
+    np.testing.assert_array_equal(a.expert, b.expert)
+    np.testing.assert_array_equal(a.gate, b.gate)
+    same = bool((a.expert == c.expert).all())
+    assert same is not case.router.needs_key_in_eval
+
+
+@every_router
+def test_padding_takes_no_choice_and_adds_nothing(case):
+    logits = random_logits()
+    valid = np.arange(S) < np.array([[S], [2], [0]])
+    routing = case.route(logits, valid)
+    np.testing.assert_array_equal(routing.plan.valid, np.repeat(valid[..., None], case.k, -1))
+    assert not np.asarray(routing.plan.gate)[~valid].any()
+    assert int(routing.plan.expert.min()) >= 0
+
+    poisoned = routing._replace(
+        logits=jnp.where(valid[..., None], routing.logits, jnp.nan),
+        probs=jnp.where(valid[..., None], routing.probs, jnp.inf),
+    )
+    report = layer_report(poisoned, jnp.ones_like(routing.plan.valid), jnp.asarray(valid))
+    cut = jax.tree.map(lambda x: x[1:2, :2], case.route(logits, valid))
+    alone = layer_report(cut, cut.plan.valid, jnp.ones((1, 2), bool))
+    for field, whole, part in zip(report._fields, report, alone, strict=True):
+        if field.startswith("row_"):
+            np.testing.assert_allclose(whole[1], part[0], rtol=1e-5, err_msg=field)
+            assert not np.asarray(whole[2]).any(), field
+    assert bool((report.expert[~valid] == -1).all())
+    assert np.isfinite(report.logit_max)
+
+
+@every_router
+def test_requested_choices_are_k_for_each_token(case):
+    valid = jnp.asarray(np.arange(S) < np.array([[S], [2], [4]]))
+    routing = case.route(random_logits(), valid)
+    report = layer_report(routing, routing.plan.valid, valid)
+    np.testing.assert_array_equal(report.row_requested.sum(-1), case.k * np.array([S, 2, 4]))
+    np.testing.assert_array_equal(report.row_requested, report.row_kept)
+
+
+@learned_routers
+def test_shifting_a_tokens_logits_changes_nothing_for_softmax_only(case):
+    logits = random_logits()
+    shift = jax.random.normal(jax.random.key(3), (B, S, 1))
+    a, b = case.route(logits), case.route(logits + shift)
+    if case.softmax:
+        np.testing.assert_array_equal(a.plan.expert, b.plan.expert)
+        np.testing.assert_allclose(a.plan.gate, b.plan.gate, rtol=1e-5)
+        np.testing.assert_allclose(a.probs, b.probs, rtol=1e-5)
+    else:
+        assert float(jnp.abs(a.probs - b.probs).max()) > 1e-3
+    lse = [layer_report(r, r.plan.valid, jnp.ones((B, S), bool)).row_lse_squared for r in (a, b)]
+    assert float(jnp.abs(lse[0] - lse[1]).min()) > 1e-2
+
+
+@every_router
+def test_jit_changes_nothing(case):
+    logits = random_logits()
+    a, b = case.route(logits).plan, jax.jit(lambda x: case.route(x).plan)(logits)
+    np.testing.assert_array_equal(a.expert, b.expert)
+    np.testing.assert_allclose(a.gate, b.gate, rtol=1e-6)
+
+
+@every_router
+def test_state_update_keeps_shapes_types_and_layers_apart(case):
+    state = case.state(E)
+    counts = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, E)), jnp.int32)
+    new = case.router.update_state(state, counts[0])
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+    stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), state)
+    both = case.router.update_state(stacked, counts)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[0], y), both, new)
+    assert bool(state) is case.router.stateful
+
+
+@every_router
+def test_state_can_be_made_for_stacked_layers_without_allocating(case):
+    make = jax.vmap(lambda key: case.router.init_state(E, 11, case.k, key, np.arange(11)))
+    shapes = jax.eval_shape(make, jax.random.split(jax.random.key(0), 4))
+    assert all(x.shape[0] == 4 for x in jax.tree.leaves(shapes))
