@@ -9,6 +9,7 @@ Layout: `<directory>/<step>/{state, data, meta}`; `data` and `meta` are JSON, th
 custom metadata of the step.
 """
 
+from collections.abc import Mapping
 import hashlib
 import json
 import math
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 from absl import logging
 import jax
 from jaxtyping import PyTree
+import numpy as np
 import orbax.checkpoint as ocp
 
 from moe.errors import CheckpointError, ConfigError
@@ -132,7 +134,7 @@ class Checkpointer:
         state: PyTree,
         data_state: dict,
         meta: dict,
-        metrics: dict[str, float] | None = None,
+        metrics: Mapping[str, Any] | None = None,
     ) -> bool:
         """Starts writing a checkpoint and returns once the arrays are copied from the devices.
 
@@ -141,7 +143,7 @@ class Checkpointer:
             state: Tree of `jax.Array`, typed keys included. It may be donated after the call.
             data_state: JSON; the same on every process, written once.
             meta: JSON.
-            metrics: Evaluation of this very state, for `keep_best`.
+            metrics: Evaluation of this very state, for `keep_best`. Only finite numbers count.
 
         Returns:
             False if a checkpoint of this step is there already.
@@ -385,7 +387,7 @@ def _check_arguments(every: int, keep_latest: int, keep_best: int, best_mode: st
         raise ConfigError(f"checkpoint.best_mode={best_mode!r} must be 'min' or 'max'.")
 
 
-def _make_record(state: PyTree, data_state: dict, meta: dict, metrics: dict[str, float]) -> dict:
+def _make_record(state: PyTree, data_state: dict, meta: dict, metrics: Mapping[str, Any]) -> dict:
     """What a step must read back as; JSON. Its last entry is the checksum of all others."""
     for name, leaf in zip(leaf_names(state), jax.tree.leaves(state), strict=True):
         if not isinstance(leaf, jax.Array):
@@ -393,12 +395,13 @@ def _make_record(state: PyTree, data_state: dict, meta: dict, metrics: dict[str,
     leaves = _describe(state)
     for name, value in digest(state).items():
         leaves[name]["digest"] = value
+    numbers = {key: float(value) for key, value in metrics.items() if np.ndim(value) == 0}
     record = {
         "format": _FORMAT,
         "leaves": leaves,
         "data": _sha256(data_state),
         "meta": _sha256(meta),
-        "metrics": {key: float(value) for key, value in metrics.items() if math.isfinite(value)},
+        "metrics": {key: value for key, value in numbers.items() if math.isfinite(value)},
     }
     return record | {"sha256": _sha256(record)}
 

@@ -167,7 +167,11 @@ def test_keep_rules_and_best_survive_reopening(tmp_path):
     options: dict[str, Any] = {"keep_latest": 2, "keep_best": 2}
     with Checkpointer(tmp_path, **options) as checkpoints:
         for step, value in bits.items():
-            metrics = None if value is None else {"bits_per_byte": value, "accuracy": 0.5}
+            metrics = (
+                None
+                if value is None
+                else {"bits_per_byte": value, "accuracy": 0.5, "routing/load": [[1.0]]}
+            )
             checkpoints.save(step, state, DATA, META, metrics)
             if step == 4:
                 assert checkpoints.all_steps() == [1, 3, 4]
