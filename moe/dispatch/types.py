@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Bool, Float
 
+from moe.routing.types import Choices
+
 Matmul = Callable[[Array, Array], Array]
 """`matmul(rows, weights [E X Y])`: each row times the matrix of its expert.
 
@@ -31,3 +33,7 @@ class Dispatched(NamedTuple):
 def num_experts(params: Any) -> int:
     """The leading axis `E` shared by all leaves of `params`."""
     return jax.tree.leaves(params)[0].shape[0]
+
+
+Dispatch = Callable[[Array, Choices, Any, ExpertFn], Dispatched]
+"""`dispatch(x [B S D], choices, params, expert_fn)`: moves tokens to experts and back."""
