@@ -6,9 +6,9 @@ n equal blocks of it. The place in the data is the number of global batches cons
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+import math
 import os
 from pathlib import Path
-import sys
 from typing import Any
 
 import grain
@@ -24,6 +24,7 @@ from moe.data.types import Batch
 from moe.errors import CheckpointError, ConfigError, DataError
 
 _EVAL_ORDER = 0  # seed of the fixed order of evaluation rows
+_ENDLESS = 1 << 53  # rows; grain computes the number of batches in floating point
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)  # the buffer counts batches
 
 
@@ -46,7 +47,7 @@ def text_data(
     seed: int,
     tokenizer: str = "bytes",
     vocab_size: int | None = None,
-    weights: Mapping[str, float] | None = None,
+    weights: Mapping[str, int | float] | None = None,
     files: str | Mapping[str, str] | None = None,
     text_feature: str = "text",
     directory: str | None = None,
@@ -97,7 +98,7 @@ def data_directory(directory: str | None) -> Path:
     return Path(directory or default).expanduser()
 
 
-def _mixing_weights(weights: Mapping[str, float] | None, store: TokenStore) -> dict[str, float]:
+def _mixing_weights(weights: Mapping[str, int | float] | None, store: TokenStore) -> dict[str, float]:
     """Returns the weights of the domains to train on: positive, summing to 1."""
     tokens = {name: count.tokens for name, count in store.counts["train"].items()}
     if weights is None:
@@ -108,7 +109,7 @@ def _mixing_weights(weights: Mapping[str, float] | None, store: TokenStore) -> d
                 f"data.weights names the domain {name!r}, which the data lacks; "
                 f"{nearest(name, tokens)}."
             )
-        if not (np.isfinite(weight) and weight >= 0):
+        if not (math.isfinite(weight) and weight >= 0):
             raise ConfigError(f"data.weights.{name}={weight} must be a number of at least 0.")
         if weight > 0 and tokens[name] == 0:
             raise DataError(f"data.weights.{name}={weight}, but train has no text of {name!r}.")
@@ -166,7 +167,7 @@ class TextData:
             start_state: what `get_state` returned, on any number of processes; None is the start.
         """
         mixed = self._mixed()
-        block = _blocks(mixed, sys.maxsize, self.batch_size, process_index, process_count)
+        block = _blocks(mixed, _ENDLESS, self.batch_size, process_index, process_count)
         batches = TrainBatches(_read(block, self.batch_size // process_count), self._identity())
         if start_state is not None:
             batches.set_state(start_state)

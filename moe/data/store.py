@@ -83,7 +83,7 @@ def open_tokens(source: Source, directory: Path, tokenizer: Tokenizer) -> TokenS
     if not path.is_dir():
         with _directory_in_one_go(path) as temporary:
             _write(source, tokenizer, temporary)
-    return _open(path, tokenizer)
+    return _open(path)
 
 
 def _digest(*parts: object) -> str:
@@ -192,7 +192,7 @@ def _encoded(chunk: list[Document], tokenizer: Tokenizer) -> Iterator[tuple[Docu
     return zip(chunk, ids, strict=True)
 
 
-def _open(path: Path, tokenizer: Tokenizer) -> TokenStore:
+def _open(path: Path) -> TokenStore:
     try:
         meta = json.loads((path / _META).read_text(encoding="utf-8"))
         splits = {split: _open_split(path, split, np.dtype(meta["dtype"])) for split in SPLITS}
@@ -204,8 +204,10 @@ def _open(path: Path, tokenizer: Tokenizer) -> TokenStore:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(_damaged(path, repr(error))) from error
     for split, tokens in splits.items():
-        if len(tokens.ids) != tokens.starts[-1] + 1 or tokens.ids[-1] != tokenizer.boundary:
-            raise DataError(_damaged(path, f"{split}.ids has {len(tokens.ids)} tokens"))
+        sizes = (len(tokens.ids), len(tokens.starts), len(tokens.domain))
+        documents = sum(count.documents for count in counts[split].values())
+        if sizes != (tokens.starts[-1] + 1, documents + 1, documents):
+            raise DataError(_damaged(path, f"the sizes of {split} are {sizes}"))
     return store
 
 

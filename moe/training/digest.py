@@ -11,7 +11,6 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree, Shaped, UInt32
-import numpy as np
 
 # Odd multipliers and shifts of the xxHash32 avalanche
 # (https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md).
@@ -26,17 +25,14 @@ def leaf_names(tree: PyTree) -> list[str]:
 
 def digest(tree: PyTree) -> dict[str, int]:
     """Digests of all leaves by name. Every process must call it when arrays span processes."""
-    leaves = jax.tree.leaves(tree)
-    if not leaves:
-        return {}
-    return dict(zip(leaf_names(tree), np.asarray(_digests(leaves)).tolist(), strict=True))
+    # One program a shape, compiled once for parameter and moments; one for the whole tree takes
+    # seconds to compile. All are started before the first result is fetched.
+    digests = [_leaf_digest(leaf) for leaf in jax.tree.leaves(tree)]
+    numbers = [int(value) for value in jax.device_get(digests)]
+    return dict(zip(leaf_names(tree), numbers, strict=True))
 
 
 @jax.jit
-def _digests(leaves: list[Array]) -> UInt32[Array, " leaves"]:
-    return jnp.stack([_leaf_digest(leaf) for leaf in leaves])
-
-
 def _leaf_digest(array: Shaped[Array, "..."]) -> UInt32[Array, ""]:
     words = _words(array)
     index = jnp.zeros(words.shape, jnp.uint32)

@@ -1,0 +1,121 @@
+"""From the command line to a checked config, and from an exception to an exit code."""
+
+from collections.abc import Callable, Sequence
+import os
+import runpy
+import sys
+
+from absl import flags
+import ml_collections
+
+from moe import config as config_lib
+from moe.config import ConfigDict
+from moe.errors import ConfigError, UserError
+from moe.routing import table as routers
+
+# Keys of the router section that every router has; the rest are the options of its function.
+ROUTER_KEYS = ("name", "k", "jitter")
+
+
+def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
+    """The config of a file with the overrides of the command line, every key filled in and checked.
+
+    Args:
+        path: a Python file with `get_config()`, or `file.py:argument` for `get_config(argument)`.
+        overrides: pairs of a dotted key and a value in text.
+
+    Raises:
+        ConfigError: a missing file, an unknown key, a value of another type or outside its range.
+    """
+    file, _, argument = path.partition(":")
+    if not os.path.isfile(file):
+        raise ConfigError(f"--config={path}: there is no file {file!r}.")
+    get_config = runpy.run_path(file).get("get_config")
+    if not callable(get_config):
+        raise ConfigError(f"--config={path}: {file} defines no function get_config().")
+    config = get_config(argument) if argument else get_config()
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ConfigError(f"--config={path}: get_config() returned no ConfigDict.")
+    return complete_config(config, overrides)
+
+
+def complete_config(config: ConfigDict, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
+    """Fills in the router's options, applies overrides, checks what needs nothing but the config."""
+    config = ConfigDict(config.to_dict())
+    config_lib.check_known_keys(
+        config, config_lib.default_config(), free=("router", "data.files", "data.weights")
+    )
+    for key, text in overrides:
+        if key == "router.name":
+            _switch_router(config, text)
+    _fill_router(config)
+    config.lock()
+    for key, text in overrides:
+        config_lib.apply_override(config, key, text)
+    config_lib.check_numbers(config)
+    return config
+
+
+def _switch_router(config: ConfigDict, name: str) -> None:
+    """Another router by name: `k` stays, its other options start from its defaults."""
+    if name != config.router.name:
+        jitter = routers.router_options(name).get("jitter", 0.0)
+        config_lib.replace_section(
+            config, "router", {"name": name, "k": config.router.k, "jitter": jitter}
+        )
+
+
+def _fill_router(config: ConfigDict) -> None:
+    options = routers.router_options(config.router.name)
+    given = config.router.to_dict()
+    for key in given:
+        if key not in ROUTER_KEYS and key not in options:
+            raise ConfigError(
+                f"router.{key}={given[key]!r}: router {config.router.name!r} has no such option; "
+                f"{config_lib.nearest(key, [*ROUTER_KEYS, *options])}."
+            )
+    config_lib.replace_section(config, "router", {"jitter": 0.0, "k": 1, **options, **given})
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], str | None, list[tuple[str, str]]]:
+    """Separates `--config=...` and `--config.key=value` from the other arguments."""
+    rest, path, overrides = [], None, []
+    for argument in argv:
+        name, has_value, value = argument.partition("=")
+        name = name.removeprefix("-").removeprefix("-")
+        if not argument.startswith("-") or name.split(".")[0] != "config":
+            rest.append(argument)
+        elif not has_value:
+            raise ConfigError(f"{argument}: write --{name}=VALUE in one argument.")
+        elif name == "config":
+            path = value
+        else:
+            overrides.append((name.removeprefix("config."), value))
+    return rest, path, overrides
+
+
+def parse_flags(argv: Sequence[str]) -> None:
+    """Parses absl flags; a mistake is a ConfigError."""
+    try:
+        left = flags.FLAGS(list(argv))
+    except flags.Error as error:
+        raise ConfigError(f"{error}.") from error
+    if len(left) > 1:
+        raise ConfigError(f"unexpected argument {left[1]!r}: flags are written --name=value.")
+
+
+def require_flags(**given: object) -> None:
+    """Raises ConfigError for a flag that was not given."""
+    for name, value in given.items():
+        if value is None:
+            raise ConfigError(f"--{name}=... is missing; --help lists the flags.")
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Runs an entry point; an error meant for the user becomes one paragraph and its exit code."""
+    try:
+        code = main(sys.argv)
+    except UserError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+        code = error.exit_code
+    sys.exit(code)

@@ -1,0 +1,275 @@
+"""The config: defaults, overrides, and errors that name the key, the value, the rule and the fix.
+
+A section is the keyword arguments of one function; `router` and `dispatch` are picked by `name`.
+"""
+
+import ast
+from collections.abc import Iterable, Mapping
+import difflib
+from typing import Any
+
+import ml_collections
+
+from moe.errors import ConfigError
+
+ConfigDict = ml_collections.ConfigDict
+
+
+def default_config() -> ConfigDict:
+    """Every key with its default. Config files start from here and change what they are about."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "steps": 400,  # optimiser steps
+            "log_every": 10,  # steps between lines of metrics.jsonl
+            "model": {
+                "num_layers": 4,
+                "width": 128,
+                "heads": 4,
+                "kv_heads": 4,
+                "head_dim": 32,
+                "mlp_width": 384,  # hidden width of dense layers
+                "expert_width": 192,  # hidden width of one expert
+                "num_experts": 8,
+                "shared_experts": 0,
+                "pattern": ("sparse",),  # repeated until num_layers
+                "first_dense": 0,  # dense layers before the pattern starts
+                "activation": "swiglu",  # or gelu
+                "qk_norm": "none",  # or head, full
+                "tie_embeddings": False,
+                "dropout": 0.0,
+                "logit_softcap": None,
+                "rope_base": 10_000.0,
+                "norm_eps": 1e-5,
+                "remat": "none",  # or full, dots
+                "dtype": "float32",  # of computation; parameters are float32
+            },
+            "router": {"name": "topk", "k": 2, "jitter": 0.0},
+            "dispatch": {
+                "name": "grouped",  # or capacity, reference
+                "capacity_factor": 1.25,  # training; None is dropless
+                "eval_capacity_factor": None,
+                "priority": "token_major",  # or choice_major
+            },
+            "losses": {
+                "balance": 0.01,
+                "balance_scope": "global",  # or microbatch, sequence
+                "sequence_balance": 0.0,
+                "z": 0.001,
+            },
+            "data": {
+                "name": "stdlib",
+                "batch_size": 16,  # sequences of the global batch
+                "sequence_length": 256,
+                "tokenizer": "bytes",  # or bpe
+                "vocab_size": None,  # of bpe
+                "weights": None,  # domain -> weight; None is proportional to size
+                "files": None,  # glob, or domain -> glob
+                "text_feature": "text",
+                "directory": None,  # of prepared data; None is TFDS's default
+            },
+            "optimizer": {
+                "learning_rate": 3e-3,
+                "schedule": "cosine",  # or wsd, constant
+                "warmup_steps": 40,
+                "decay_fraction": 0.2,  # of all steps, for wsd
+                "final_fraction": 0.1,  # of the peak learning rate
+                "weight_decay": 0.1,
+                "b1": 0.9,
+                "b2": 0.95,
+                "eps": 1e-8,
+                "clip_norm": 1.0,
+                "accumulation": 1,  # microbatches a step
+            },
+            "mesh": {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1},
+            "checkpoint": {"every": 100, "keep_latest": 2, "keep_best": 1},
+            "evaluation": {"every": 100, "batches": None},  # None: the whole split
+        }
+    ).lock()
+
+
+def dotted_keys(config: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+    """All keys that hold a value, as `section.key`."""
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            yield from dotted_keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """A hint with the nearest of the valid words."""
+    words = sorted(words)
+    match = difflib.get_close_matches(word, words, n=1, cutoff=0.0)
+    return f"the nearest is {match[0]!r}" if match else "there is none"
+
+
+def replace_section(config: ConfigDict, name: str, values: Mapping[str, Any]) -> None:
+    """Gives a section other keys (another router has other options)."""
+    with config.unlocked():
+        config[name] = ConfigDict(dict(values)).lock()
+
+
+def apply_override(config: ConfigDict, key: str, text: str) -> None:
+    """Sets one value from the command line, keeping the type of what it replaces.
+
+    Args:
+        config: changed in place.
+        key: dotted, without the leading `config.`.
+        text: a Python literal, or the bare text of a string; `none` and `null` are None.
+
+    Raises:
+        ConfigError: no such key, or a value of another type.
+    """
+    *sections, last = key.split(".")
+    node: Any = config
+    for section in sections:
+        node = node.get(section) if isinstance(node, ConfigDict) else None
+    if not isinstance(node, ConfigDict) or last not in node or isinstance(node[last], ConfigDict):
+        raise ConfigError(
+            f"unknown config key {key!r} (--config.{key}={text}); {nearest(key, dotted_keys(config))}."
+        )
+    node[last] = _parse(key, text, node[last])
+
+
+def _parse(key: str, text: str, old: Any) -> Any:
+    if isinstance(old, str):
+        return None if text.lower() in ("none", "null") else text
+    special = {"none": None, "null": None, "true": True, "false": False}
+    try:
+        value = special[text.lower()] if text.lower() in special else ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(old, tuple) and isinstance(value, str | list):
+        value = tuple(value.split(",")) if isinstance(value, str) else tuple(value)
+    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if old is not None and value is not None and type(value) is not type(old):
+        raise ConfigError(
+            f"config key {key!r} is of type {type(old).__name__} (now {old!r}); {text!r} is of type "
+            f"{type(value).__name__}. Give a {type(old).__name__}."
+        )
+    return value
+
+
+def check_known_keys(config: ConfigDict, schema: ConfigDict, free: tuple[str, ...]) -> None:
+    """Refuses keys that the defaults do not have, and values of another type.
+
+    Args:
+        config: what a config file returned.
+        schema: `default_config()`.
+        free: dotted prefixes whose keys are checked elsewhere (options of a router, text domains).
+    """
+    known = dict(_flat(schema))
+    for key, value in _flat(config):
+        if any(key == f or key.startswith(f + ".") for f in free):
+            continue
+        if key not in known:
+            raise ConfigError(f"unknown config key {key!r}; {nearest(key, known)}.")
+        old = known[key]
+        if old is not None and value is not None and not _same_kind(value, old):
+            raise ConfigError(
+                f"config key {key!r} is of type {type(old).__name__}; {value!r} is of type "
+                f"{type(value).__name__}. Give a {type(old).__name__}."
+            )
+
+
+def _flat(config: ConfigDict, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _same_kind(value: Any, old: Any) -> bool:
+    if isinstance(old, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is type(old)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def check_numbers(config: ConfigDict) -> None:
+    """Checks every rule that needs nothing but the config itself.
+
+    Raises:
+        ConfigError: names the key, its value, the rule and the fix.
+    """
+    _check_positive(config)
+    _check_names(config)
+    m, data = config.model, config.data
+    layers = m.num_layers - m.first_dense
+    require(
+        m.first_dense <= m.num_layers and layers % len(m.pattern) == 0,
+        f"model.num_layers={m.num_layers} less model.first_dense={m.first_dense} leaves {layers} layers, "
+        f"which the pattern {m.pattern} of length {len(m.pattern)} does not fill: change num_layers to "
+        f"{m.first_dense + len(m.pattern) * max(1, layers // len(m.pattern))}.",
+    )
+    require(
+        m.heads % m.kv_heads == 0,
+        f"model.heads={m.heads} is no multiple of model.kv_heads={m.kv_heads}: every key/value head "
+        "serves the same number of query heads. Choose kv_heads among the divisors of heads.",
+    )
+    require(m.head_dim % 2 == 0, f"model.head_dim={m.head_dim} must be even for rotary positions.")
+    require(
+        0.0 <= m.dropout < 1.0, f"model.dropout={m.dropout} must be at least 0 and less than 1."
+    )
+    accumulation = config.optimizer.accumulation
+    require(
+        data.batch_size % accumulation == 0,
+        f"data.batch_size={data.batch_size} is not divisible by optimizer.accumulation={accumulation}: "
+        "every microbatch has the same number of sequences.",
+    )
+
+
+POSITIVE = (
+    "steps log_every model.num_layers model.width model.heads model.kv_heads model.head_dim model.mlp_width "
+    "model.expert_width model.num_experts router.k data.batch_size data.sequence_length "
+    "optimizer.accumulation checkpoint.every checkpoint.keep_latest evaluation.every "
+    "model.rope_base model.norm_eps optimizer.clip_norm optimizer.eps"
+).split()
+NOT_NEGATIVE = (
+    "seed model.shared_experts model.first_dense losses.balance losses.sequence_balance losses.z router.jitter "
+    "optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay checkpoint.keep_best "
+    "optimizer.final_fraction optimizer.decay_fraction"
+).split()
+ONE_OF = {
+    "model.activation": ("swiglu", "gelu"),
+    "model.qk_norm": ("none", "head", "full"),
+    "model.remat": ("none", "full", "dots"),
+    "model.dtype": ("float32", "bfloat16"),
+    "losses.balance_scope": ("sequence", "microbatch", "global"),
+    "data.tokenizer": ("bytes", "bpe"),
+    "optimizer.schedule": ("cosine", "wsd", "constant"),
+}
+
+
+def _get(config: ConfigDict, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def _check_positive(config: ConfigDict) -> None:
+    for key in POSITIVE:
+        value = _get(config, key)
+        require(value is not None and value > 0, f"{key}={value} must be greater than 0.")
+    for key in NOT_NEGATIVE:
+        value = _get(config, key)
+        require(value is not None and value >= 0, f"{key}={value} must not be negative.")
+
+
+def _check_names(config: ConfigDict) -> None:
+    for key, valid in ONE_OF.items():
+        value = _get(config, key)
+        require(value in valid, f"{key}={value!r} is none of {', '.join(valid)}.")
+    pattern = config.model.pattern
+    require(
+        len(pattern) > 0 and all(kind in ("dense", "sparse") for kind in pattern),
+        f"model.pattern={pattern} must be a non-empty sequence of 'dense' and 'sparse'.",
+    )

@@ -1,0 +1,150 @@
+"""Evaluation of a whole split, exact on any number of devices: sums first, quotients at the end."""
+
+from collections.abc import Callable, Iterable
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+import numpy as np
+
+from moe.data.types import Batch
+from moe.dispatch.types import Dispatch
+from moe.model.layer import Call
+from moe.routing import metrics
+from moe.training.objective import RowSums, forward_rows
+from moe.training.state import Skeleton
+
+
+class EvalSums(NamedTuple):
+    """Sums over batches. Leading axis `M`: text domains."""
+
+    rows: RowSums  # each [M]
+    totals: metrics.Totals | None  # None for a dense model
+    domain_requested: Float[Array, "L M E"] | None  # choices by domain, before drops
+
+
+class Sample(NamedTuple):
+    """A row of text and where its tokens went."""
+
+    tokens: Int[np.ndarray, " S"]
+    experts: Int[np.ndarray, "L S K"]
+    domain: int
+
+
+class Evaluation(NamedTuple):
+    """What one evaluation found; keys as in metrics.jsonl."""
+
+    metrics: dict[str, Any]
+    domains: dict[str, dict[str, float]]
+    domain_load: dict[str, list[list[float]]]
+    sample: Sample | None
+
+
+EvalStep = Callable[[Any, Any, Batch, Key[Array, ""]], tuple[EvalSums, Int[Array, "L S K"] | None]]
+
+
+def make_eval_step(
+    skeleton: Skeleton, dispatch: Dispatch, token_bytes: Int[Array, " V"], domains: int
+) -> EvalStep:
+    """Builds `(params, router state, batch, key) -> (sums, experts of the first row)`; jit it.
+
+    `key` is used by routers that draw their choices; no other noise is on in evaluation.
+    """
+
+    def step(
+        params: Any, router: Any, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[EvalSums, Int[Array, "L S K"] | None]:
+        call = Call(batch.tokens, batch.valid, dispatch, key=key)
+        rows, report = forward_rows(skeleton, params, router, batch, call, token_bytes)
+        member = (batch.domain[:, None] == jnp.arange(domains)).astype(jnp.float32)  # [B M]
+        by_domain = RowSums(*(jnp.einsum("b,bm->m", x, member) for x in rows))
+        if report is None:
+            return EvalSums(by_domain, None, None), None
+        requested = jnp.einsum("lbe,bm->lme", report.row_requested, member)
+        return EvalSums(by_domain, metrics.totals(report), requested), report.expert[:, 0]
+
+    return step
+
+
+def evaluate(
+    eval_step: EvalStep,
+    params: Any,
+    router: Any,
+    batches: Iterable[Batch],
+    key: Key[Array, ""],
+    *,
+    domains: tuple[str, ...],
+    to_device: Callable[[Batch], Batch],
+    limit: int | None = None,
+) -> Evaluation:
+    """Runs over the batches and divides the sums.
+
+    Args:
+        eval_step: jitted `make_eval_step(...)`.
+        params: pure dict of parameters.
+        router: pure dict of router state; not changed.
+        batches: this process's part of each global batch; padding rows are not valid.
+        key: the same for every evaluation of a run; batch `i` folds in `i`.
+        domains: names by domain index.
+        to_device: makes the global batch of this process's part.
+        limit: batches at most; None is the whole split.
+
+    Returns:
+        Cross-entropy in nats a token and the rest, over all domains and for each.
+    """
+    sums, sample = None, None
+    for index, local in enumerate(itertools.islice(batches, limit)):
+        done, experts = eval_step(params, router, to_device(local), jax.random.fold_in(key, index))
+        done = _to_host(done)
+        sums = done if sums is None else _add(sums, done)
+        if sample is None and experts is not None:
+            sample = Sample(np.asarray(local.tokens[0]), np.asarray(experts), int(local.domain[0]))
+    assert sums is not None
+    return summarize(sums, domains)._replace(sample=sample)
+
+
+def _to_host(sums: EvalSums) -> EvalSums:
+    host = jax.tree.map(lambda a: np.asarray(a, np.float64), jax.device_get(sums))
+    totals = None if sums.totals is None else metrics.collect(sums.totals)
+    return host._replace(totals=totals)
+
+
+def _add(a: EvalSums, b: EvalSums) -> EvalSums:
+    rows = RowSums(*(x + y for x, y in zip(a.rows, b.rows, strict=True)))
+    if a.totals is None or b.totals is None:
+        return EvalSums(rows, None, None)
+    assert a.domain_requested is not None and b.domain_requested is not None
+    return EvalSums(rows, metrics.add(a.totals, b.totals), a.domain_requested + b.domain_requested)
+
+
+def summarize(sums: EvalSums, domains: tuple[str, ...]) -> Evaluation:
+    """Quotients of host sums."""
+    values = quality(RowSums(*(float(np.sum(x)) for x in sums.rows)))
+    by_domain, load = {}, {}
+    for i, name in enumerate(domains):
+        part = RowSums(*(float(x[i]) for x in sums.rows))
+        if part.tokens > 0:
+            by_domain[name] = quality(part)
+    if sums.totals is not None and sums.domain_requested is not None:
+        values |= metrics.summarize(sums.totals)
+        for i, name in enumerate(domains):
+            if name in by_domain:
+                load[name] = metrics.load(np.asarray(sums.domain_requested)[:, i]).tolist()
+    return Evaluation(values, by_domain, load, None)
+
+
+def quality(rows: RowSums) -> dict[str, float]:
+    """Cross-entropy, perplexity, bits per byte and accuracy of summed rows."""
+    nll = float(rows.nll)
+    tokens, sizes = max(float(rows.tokens), 1.0), max(float(rows.bytes), 1.0)
+    cross_entropy = nll / tokens
+    return {
+        "loss/cross_entropy": cross_entropy,
+        "perplexity": math.exp(min(cross_entropy, 700.0)),
+        "bits_per_byte": nll / math.log(2) / sizes,
+        "accuracy": float(rows.correct) / tokens,
+        "tokens": float(rows.tokens),
+    }

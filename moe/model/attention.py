@@ -1,0 +1,134 @@
+"""Causal self-attention with grouped queries, rotary positions and a key/value cache."""
+
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moe.model.experts import fan_in_init
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of `S` positions, and which document each belongs to (0: not filled)."""
+
+    key: Float[Array, "B S Q X"]
+    value: Float[Array, "B S Q X"]
+
+
+class RMSNorm(nnx.Module):
+    """Zhang and Sennrich 2019, arXiv:1910.07467. Statistics in float32, output in the input's dtype."""
+
+    def __init__(self, size: int, eps: float):
+        """`size` is the last axis of what is normalised."""
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((size,)), axes=(None,))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Scales the last axis to unit root mean square."""
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+        scale = jnp.expand_dims(self.scale[...], range(x.ndim - 1))
+        return (x32 * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(x.dtype)
+
+
+def rotary(
+    x: Float[Array, "B S H X"], positions: Int[Array, "B S"], base: float
+) -> Float[Array, "B S H X"]:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864): rotates halves of each head by position."""
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None, :]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with `H` query heads that share `kv_heads` keys and values."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        qk_norm: str,
+        rope_base: float,
+        norm_eps: float,
+        out_scale: float,
+        rngs: nnx.Rngs,
+    ):
+        """`qk_norm`: "none", "head" (each head, as in Qwen3) or "full" (all heads at once, as in OLMoE)."""
+        init = fan_in_init(width)
+        self.rope_base, self.qk_norm = rope_base, qk_norm
+        self.wq = nnx.Param(init(rngs.params(), (width, heads, head_dim)), axes=("D", "H", None))
+        self.wk = nnx.Param(init(rngs.params(), (width, kv_heads, head_dim)), axes=("D", "H", None))
+        self.wv = nnx.Param(init(rngs.params(), (width, kv_heads, head_dim)), axes=("D", "H", None))
+        self.wo = nnx.Param(
+            fan_in_init(heads * head_dim, out_scale)(rngs.params(), (heads, head_dim, width)),
+            axes=("H", None, "D"),
+        )
+        if qk_norm != "none":
+            sizes = (
+                (head_dim, head_dim)
+                if qk_norm == "head"
+                else (heads * head_dim, kv_heads * head_dim)
+            )
+            self.q_norm = RMSNorm(sizes[0], norm_eps)
+            self.k_norm = RMSNorm(sizes[1], norm_eps)
+
+    def _normalise(self, q: Array, k: Array) -> tuple[Array, Array]:
+        if self.qk_norm == "none":
+            return q, k
+        if self.qk_norm == "head":
+            return self.q_norm(q), self.k_norm(k)
+        flat = [x.reshape(*x.shape[:2], -1) for x in (q, k)]
+        return self.q_norm(flat[0]).reshape(q.shape), self.k_norm(flat[1]).reshape(k.shape)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        positions: Int[Array, "B S"],
+        segments: Int[Array, "B S"],
+        cache: KeyValues | None = None,
+        start: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
+        """Attends to earlier positions of the same document.
+
+        Args:
+            x: inputs in the compute dtype.
+            positions: for the rotation.
+            segments: document of each position; 0 is padding and attends to padding only.
+            cache: keys and values so far; with it, `x` stands at `start, start + 1, ...` of one document.
+            start: how many positions of the cache are filled.
+
+        Returns:
+            The output (before the residual) and the cache with these positions in it.
+        """
+        q = jnp.einsum("bsd,dhx->bshx", x, self.wq[...].astype(x.dtype))
+        k = jnp.einsum("bsd,dqx->bsqx", x, self.wk[...].astype(x.dtype))
+        v = jnp.einsum("bsd,dqx->bsqx", x, self.wv[...].astype(x.dtype))
+        q, k = self._normalise(q, k)
+        q, k = rotary(q, positions, self.rope_base), rotary(k, positions, self.rope_base)
+        if cache is None:
+            mask = segments[:, None, :, None] == segments[:, None, None, :]
+            out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+        else:
+            assert start is not None
+            cache = KeyValues(
+                jax.lax.dynamic_update_slice_in_dim(cache.key, k, start, axis=1),
+                jax.lax.dynamic_update_slice_in_dim(cache.value, v, start, axis=1),
+            )
+            out = jax.nn.dot_product_attention(
+                q, cache.key, cache.value, mask=_cache_mask(start, x.shape[1], cache.key.shape[1])
+            )
+        return jnp.einsum("bshx,hxd->bsd", out, self.wo[...].astype(x.dtype)), cache
+
+
+def _cache_mask(start: Int[Array, ""], queries: int, keys: int) -> Bool[Array, "1 1 S K"]:
+    """Query `i` stands at position `start + i` and sees every filled position up to its own."""
+    at = start + jnp.arange(queries)
+    return (jnp.arange(keys)[None, :] <= at[:, None])[None, None]

@@ -1,0 +1,106 @@
+"""Experts: one stacked array a weight, leading axis `E`, and the function that every dispatch path runs."""
+
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+from jax.sharding import PartitionSpec
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moe.axes import EXPERT, TENSOR
+from moe.dispatch.types import Matmul
+
+# name -> (parallel input projections, non-linearity). A gated unit multiplies two projections.
+ACTIVATIONS = {
+    "swiglu": (2, jax.nn.silu),  # Shazeer 2020, arXiv:2002.05202
+    "gelu": (1, jax.nn.gelu),
+}
+
+
+class ExpertParams(NamedTuple):
+    """Weights of `E` experts of hidden width `F`; `P` is 2 for gated units, else 1."""
+
+    wi: Float[Array, "E D P F"]
+    wo: Float[Array, "E F D"]
+
+
+# How a shard of the exchange sees the weights: its experts, its slice of `F`, all of `D`.
+EXPERT_SPECS = ExpertParams(
+    wi=PartitionSpec(EXPERT, None, None, TENSOR), wo=PartitionSpec(EXPERT, TENSOR, None)
+)
+
+
+def fan_in_init(fan_in: int, scale: float = 1.0):
+    """Truncated normal of standard deviation `scale / sqrt(fan_in)`; the expert axis is no fan-in."""
+    return nnx.initializers.truncated_normal(stddev=scale * fan_in**-0.5)
+
+
+def feed_forward(params: ExpertParams, rows: Array, matmul: Matmul, activation: str) -> Array:
+    """Runs each row through its expert; `matmul` knows which rows belong to which expert.
+
+    Args:
+        params: the weights, or one device's share of them.
+        rows: `[E n D]` or grouped `[N D]`, whichever `matmul` takes.
+        matmul: product of rows with stacked weights `[E X Y]`.
+        activation: a name of `ACTIVATIONS`.
+
+    Returns:
+        An array like `rows`; a partial sum where `F` is sharded.
+    """
+    experts, width, parts, hidden = params.wi.shape
+    act = ACTIVATIONS[activation][1]
+    h = matmul(rows, params.wi.reshape(experts, width, parts * hidden))
+    h = act(h[..., :hidden]) * h[..., hidden:] if parts == 2 else act(h)
+    return matmul(h, params.wo)
+
+
+class Experts(nnx.Module):
+    """`E` feed-forward experts of one shape."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        width: int,
+        hidden: int,
+        activation: str,
+        *,
+        out_scale: float,
+        rngs: nnx.Rngs,
+    ):
+        """`out_scale` shrinks the output projection's initial values (residual depth)."""
+        parts = ACTIVATIONS[activation][0]
+        self.wi = nnx.Param(
+            fan_in_init(width)(rngs.params(), (num_experts, width, parts, hidden)),
+            axes=("E", "D", None, "F"),
+        )
+        self.wo = nnx.Param(
+            fan_in_init(hidden, out_scale)(rngs.params(), (num_experts, hidden, width)),
+            axes=("E", "F", "D"),
+        )
+
+    def params(self, dtype: jnp.dtype) -> ExpertParams:
+        """The weights in the compute dtype."""
+        return ExpertParams(self.wi[...].astype(dtype), self.wo[...].astype(dtype))
+
+
+class MLP(nnx.Module):
+    """The dense layer: one expert that every token visits."""
+
+    def __init__(
+        self, width: int, hidden: int, activation: str, *, out_scale: float, rngs: nnx.Rngs
+    ):
+        """Hidden width `hidden`; arguments as for `Experts`."""
+        parts = ACTIVATIONS[activation][0]
+        self.activation = activation
+        self.wi = nnx.Param(
+            fan_in_init(width)(rngs.params(), (width, parts, hidden)), axes=("D", None, "F")
+        )
+        self.wo = nnx.Param(
+            fan_in_init(hidden, out_scale)(rngs.params(), (hidden, width)), axes=("F", "D")
+        )
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Computes in the dtype of `x`."""
+        one = ExpertParams(self.wi[...].astype(x.dtype)[None], self.wo[...].astype(x.dtype)[None])
+        return feed_forward(one, x, lambda rows, weights: rows @ weights[0], self.activation)

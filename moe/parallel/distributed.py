@@ -1,0 +1,97 @@
+"""Processes and devices: who takes part in the run."""
+
+import ipaddress
+
+from absl import flags
+import jax
+
+from moe.errors import ConfigError
+
+
+def define_flags() -> None:
+    """The flags that every entry point shares."""
+    flags.DEFINE_integer("cpu_devices", None, "Virtual CPU devices of this process.")
+    flags.DEFINE_string(
+        "coordinator_address", None, "host:port of process 0, of several processes."
+    )
+    flags.DEFINE_integer("num_processes", None, "Processes of the run.")
+    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+    flags.DEFINE_bool("detect_cluster", False, "Take these three from Slurm, MPI or the TPU pod.")
+
+
+def start_from_flags() -> None:
+    """`start` with the values of the flags."""
+    args = flags.FLAGS
+    start(
+        cpu_devices=args.cpu_devices,
+        coordinator_address=args.coordinator_address,
+        num_processes=args.num_processes,
+        process_id=args.process_id,
+        detect_cluster=args.detect_cluster,
+    )
+
+
+def start(
+    *,
+    cpu_devices: int | None = None,
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    detect_cluster: bool = False,
+) -> None:
+    """Joins the other processes of the run. Call it before anything touches a device.
+
+    Args:
+        cpu_devices: virtual CPU devices of this process, in place of the machine's own.
+        coordinator_address: `host:port` of process 0. A loopback address is also what it listens on;
+            with another address it listens on all interfaces, as JAX does.
+        num_processes: processes of the run.
+        process_id: number of this one, from 0.
+        detect_cluster: let JAX find all three in the environment of Slurm, a TPU pod or MPI.
+
+    Raises:
+        ConfigError: some of the three are missing, or out of range.
+    """
+    if cpu_devices is not None:
+        if cpu_devices < 1:
+            raise ConfigError(f"--cpu_devices={cpu_devices} must be at least 1.")
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", cpu_devices)
+    if detect_cluster:
+        jax.distributed.initialize()
+        return
+    given = {
+        "--coordinator_address": coordinator_address,
+        "--num_processes": num_processes,
+        "--process_id": process_id,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return
+    if coordinator_address is None or num_processes is None or process_id is None:
+        raise ConfigError(
+            f"{', '.join(missing)} missing: a run of several processes needs {', '.join(given)}, or "
+            "--detect_cluster under Slurm, MPI or on a TPU pod."
+        )
+    if not 0 <= process_id < num_processes:
+        raise ConfigError(
+            f"--process_id={process_id} must be in 0 ... {num_processes - 1} (--num_processes={num_processes})."
+        )
+    jax.distributed.initialize(
+        coordinator_address,
+        num_processes,
+        process_id,
+        coordinator_bind_address=coordinator_address if is_loopback(coordinator_address) else None,
+        initialization_timeout=120,
+    )
+
+
+def is_loopback(address: str) -> bool:
+    """Whether `host:port` stays on this machine."""
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

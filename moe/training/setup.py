@@ -1,0 +1,205 @@
+"""What `train.py` and `eval.py` both build from a config, in the order in which mistakes are cheap."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+import numpy as np
+import optax
+
+from moe.axes import BATCH_AXES
+from moe.config import ConfigDict, require
+from moe.data.batches import TextData, make_data
+from moe.data.tokenizers import Tokenizer
+from moe.data.types import Batch
+from moe.dispatch.table import make_dispatch
+from moe.dispatch.types import Dispatch
+from moe.evaluation.evaluate import EvalStep, make_eval_step
+from moe.model.build import model_spec
+from moe.model.experts import EXPERT_SPECS
+from moe.model.transformer import ModelSpec
+from moe.parallel.mesh import batch_shards, make_mesh
+from moe.parallel.rules import BATCH_SPEC
+from moe.routing.table import ROUTERS, pick_options
+from moe.training import optimizer as optimizer_lib
+from moe.training.state import Skeleton, TrainState, make_skeleton, state_shardings
+from moe.training.step import Hyper, TrainStep, make_train_step
+
+
+class Run(NamedTuple):
+    """Everything that a config decides, before any number of the model exists."""
+
+    config: ConfigDict
+    mesh: Mesh
+    data: TextData
+    spec: ModelSpec
+    skeleton: Skeleton
+    transformation: optax.GradientTransformation
+    shardings: TrainState
+    token_bytes: Int[Array, " V"]
+
+
+def set_up(config: ConfigDict, tokenizer: Tokenizer | None = None) -> Run:
+    """Checks the config against the devices and the data; nothing compiles, nothing is written.
+
+    Args:
+        config: complete config.
+        tokenizer: the one of a trained run; None makes the one that the config describes.
+
+    Raises:
+        ConfigError: a combination that cannot work.
+        DataError: data that cannot be read.
+    """
+    mesh = make_mesh(**config.mesh)
+    _check_batch(config, mesh)
+    if "sparse" in config.model.pattern:
+        # Fails before the data is prepared; the real vocabulary is not needed for the checks.
+        model_spec(config, vocab_size=1)
+        experts, shards = config.model.num_experts, mesh.shape["expert"]
+        require(
+            experts % shards == 0,
+            f"model.num_experts={experts} is not divisible by mesh.expert={shards}: every device of the "
+            f"expert axis keeps the same number of experts. Choose mesh.expert among the divisors of {experts}.",
+        )
+    data = make_data(config.data, seed=config.seed, tokenizer=tokenizer)
+    spec = model_spec(config, data.tokenizer.vocab_size, _token_counts(config, data))
+    skeleton = make_skeleton(spec)
+    o = config.optimizer
+    transformation = optimizer_lib.adam(b1=o.b1, b2=o.b2, eps=o.eps)
+    shardings = state_shardings(skeleton, transformation, mesh)
+    token_bytes = jnp.asarray(data.tokenizer.token_bytes, jnp.int32)
+    return Run(config, mesh, data, spec, skeleton, transformation, shardings, token_bytes)
+
+
+def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
+    shards, accumulation = batch_shards(mesh), config.optimizer.accumulation
+    size = config.data.batch_size
+    require(
+        size % (shards * accumulation) == 0,
+        f"data.batch_size={size} is not divisible by {shards} (devices along {' x '.join(BATCH_AXES)}) "
+        f"x {accumulation} (optimizer.accumulation): each device takes the same number of sequences of "
+        f"every microbatch. The next batch size that fits is {-(-size // (shards * accumulation)) * shards * accumulation}.",
+    )
+
+
+def _token_counts(config: ConfigDict, data: TextData) -> np.ndarray | None:
+    """How often each id occurs in the training text, where a hash table wants to know."""
+    if config.router.get("kind") != "balanced":
+        return None
+    return data.store.token_histogram("train", data.tokenizer.vocab_size)
+
+
+def dispatch_for(run: Run, *, training: bool) -> Dispatch:
+    """How tokens reach experts; evaluation has a capacity of its own and drops nothing by default."""
+    d = run.config.dispatch
+    return make_dispatch(
+        d.name,
+        run.mesh,
+        param_specs=EXPERT_SPECS,
+        capacity_factor=d.capacity_factor if training else d.eval_capacity_factor,
+        priority=d.priority,
+    )
+
+
+def compile_train_step(run: Run, state: TrainState) -> TrainStep:
+    """The step, compiled for this state; it takes its arguments as `jit_train_step` does."""
+    size = (run.config.data.batch_size, run.config.data.sequence_length)
+    sharding = NamedSharding(run.mesh, BATCH_SPEC)
+    batch = Batch(
+        *(jax.ShapeDtypeStruct(size, jnp.int32, sharding=sharding) for _ in range(4)),
+        jax.ShapeDtypeStruct(size, jnp.bool_, sharding=sharding),
+        jax.ShapeDtypeStruct(size[:1], jnp.int32, sharding=sharding),
+    )
+    lowered = jit_train_step(run).lower(state, batch, root_key(run.config.seed, 1), hyper(run))
+    return lowered.compile()
+
+
+def jit_train_step(run: Run):
+    """The donated step with explicit shardings."""
+    o = run.config.optimizer
+    step = make_train_step(
+        run.spec,
+        run.skeleton,
+        dispatch_for(run, training=True),
+        run.transformation,
+        optimizer_lib.schedule(
+            kind=o.schedule,
+            steps=run.config.steps,
+            warmup_steps=o.warmup_steps,
+            decay_fraction=o.decay_fraction,
+            final_fraction=o.final_fraction,
+        ),
+        optimizer_lib.decay_mask(run.skeleton.params),
+        run.token_bytes,
+        balance_scope=run.config.losses.balance_scope,
+        accumulation=o.accumulation,
+    )
+    everywhere = NamedSharding(run.mesh, PartitionSpec())
+    batch = NamedSharding(run.mesh, BATCH_SPEC)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(run.shardings, batch, everywhere, everywhere),
+        out_shardings=(run.shardings, everywhere),
+    )
+
+
+def jit_eval_step(run: Run) -> EvalStep:
+    """The compiled evaluation step."""
+    step = make_eval_step(
+        run.skeleton, dispatch_for(run, training=False), run.token_bytes, len(run.data.domains)
+    )
+    everywhere = NamedSharding(run.mesh, PartitionSpec())
+    batch = NamedSharding(run.mesh, BATCH_SPEC)
+    return jax.jit(
+        step,
+        in_shardings=(run.shardings.params, run.shardings.router, batch, everywhere),
+        out_shardings=everywhere,
+    )
+
+
+def hyper(run: Run) -> Hyper:
+    """The numbers that reach the step as traced scalars."""
+    c = run.config
+    update = ROUTERS[c.router.name].update_state
+    values = Hyper(
+        learning_rate=c.optimizer.learning_rate,
+        weight_decay=c.optimizer.weight_decay,
+        clip_norm=c.optimizer.clip_norm,
+        balance=c.losses.balance,
+        sequence_balance=c.losses.sequence_balance,
+        z=c.losses.z,
+        jitter=c.router.jitter,
+        dropout=c.model.dropout,
+        update_options=pick_options(update, c.router.to_dict()),
+    )
+    return jax.tree.map(lambda number: np.float32(number), values)
+
+
+def process_block(mesh: Mesh, rows: int) -> tuple[int, int]:
+    """Which block of a global batch of `rows` this process feeds: `(index, count)`.
+
+    Processes that differ only along `tensor` feed the same rows.
+    """
+    where = NamedSharding(mesh, BATCH_SPEC).addressable_devices_indices_map((rows,))
+    slices = [index[0].indices(rows) for index in where.values() if index is not None]
+    low, high = min(s[0] for s in slices), max(s[1] for s in slices)
+    return low // (high - low), rows // (high - low)
+
+
+def to_device(mesh: Mesh) -> Callable[[Batch], Batch]:
+    """Makes the global batch, sharded over the mesh, of what this process has read."""
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+
+    def put(local: Batch) -> Batch:
+        return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), local)
+
+    return put
+
+
+def root_key(seed: int, purpose: int) -> Any:
+    """Key of one purpose: 0 parameters, 1 training noise, 2 evaluation."""
+    return jax.random.fold_in(jax.random.key(seed), purpose)

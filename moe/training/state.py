@@ -1,0 +1,90 @@
+"""The train state: plain pytrees around a model that NNX splits once."""
+
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+import optax
+
+from moe.model.layer import RouterState
+from moe.model.transformer import ModelSpec, Transformer
+from moe.parallel.rules import parameter_shardings
+
+
+class TrainState(NamedTuple):
+    """Everything that training changes, beside the data position."""
+
+    step: Int[Array, ""]  # int32: optimiser steps done
+    params: Any  # pure dict of float32 arrays
+    router: Any  # pure dict: biases, tables; no gradient, no decay
+    optimizer: optax.OptState
+
+
+class Skeleton(NamedTuple):
+    """The model without its numbers: how to go from pure dicts to a Transformer and back."""
+
+    graph: nnx.GraphDef
+    params: nnx.State  # of ShapeDtypeStruct
+    router: nnx.State
+
+
+def make_skeleton(spec: ModelSpec) -> Skeleton:
+    """Splits the model once, without allocating."""
+    model = nnx.eval_shape(lambda: Transformer(spec, rngs=nnx.Rngs(params=0)))
+    return Skeleton(*nnx.split(model, nnx.Param, RouterState))
+
+
+def bind(skeleton: Skeleton, params: Any, router: Any) -> Transformer:
+    """The Transformer with these numbers; traceable."""
+    return nnx.merge(skeleton.graph, _fill(skeleton.params, params), _fill(skeleton.router, router))
+
+
+def _fill(template: nnx.State, pure: Any) -> nnx.State:
+    state = jax.tree.map(lambda leaf: leaf, template)
+    nnx.replace_by_pure_dict(state, pure)
+    return state
+
+
+def initialize(
+    spec: ModelSpec, transformation: optax.GradientTransformation, key: Key[Array, ""]
+) -> TrainState:
+    """A fresh state; the same numbers for the same key on any mesh."""
+    model = Transformer(spec, rngs=nnx.Rngs(params=key))
+    _, params, router = nnx.split(model, nnx.Param, RouterState)
+    params = nnx.to_pure_dict(params)
+    return TrainState(
+        jnp.zeros((), jnp.int32), params, nnx.to_pure_dict(router), transformation.init(params)
+    )
+
+
+def state_shardings(
+    skeleton: Skeleton, transformation: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """A TrainState of NamedShardings: moments lie with their parameter, router state is replicated."""
+    params = parameter_shardings(skeleton.params, mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    shapes = nnx.to_pure_dict(jax.tree.map(lambda leaf: leaf, skeleton.params))
+    optimizer = optax.tree.map_params(
+        transformation,
+        lambda _, sharding: sharding,
+        jax.eval_shape(transformation.init, shapes),
+        params,
+        transform_non_params=lambda _: everywhere,
+    )
+    router = jax.tree.map(lambda _: everywhere, nnx.to_pure_dict(skeleton.router))
+    return TrainState(everywhere, params, router, optimizer)
+
+
+def abstract_state(
+    spec: ModelSpec, transformation: optax.GradientTransformation, shardings: TrainState
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state, for a restore."""
+    shapes = jax.eval_shape(lambda: initialize(spec, transformation, jax.random.key(0)))
+    return jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
