@@ -98,7 +98,9 @@ def data_directory(directory: str | None) -> Path:
     return Path(directory or default).expanduser()
 
 
-def _mixing_weights(weights: Mapping[str, int | float] | None, store: TokenStore) -> dict[str, float]:
+def _mixing_weights(
+    weights: Mapping[str, int | float] | None, store: TokenStore
+) -> dict[str, float]:
     """Returns the weights of the domains to train on: positive, summing to 1."""
     tokens = {name: count.tokens for name, count in store.counts["train"].items()}
     if weights is None:
@@ -124,7 +126,7 @@ class TextData:
     """A tokenised corpus, ready to be read. Make it with `make_data`."""
 
     tokenizer: Tokenizer
-    store: TokenStore
+    store: TokenStore = dataclasses.field(repr=False)
     weights: dict[str, float]  # of the domains trained on
     batch_size: int  # of the global batch
     sequence_length: int

@@ -35,6 +35,9 @@ def prepared_directory(name: str, directory: Path) -> Path | None:
     """Returns the directory of the newest prepared version of `name`, None if there is none.
 
     `name` is a TFDS name (`lm1b`, `lm1b/config`, `lm1b/config:1.1.0`) or a prepared directory.
+
+    Raises:
+        DataError: several configs are prepared, and the name does not say which.
     """
     base, _, version = name.partition(":")
     for root in (Path(name).expanduser(), directory / base / version):
@@ -42,8 +45,11 @@ def prepared_directory(name: str, directory: Path) -> Path | None:
             return root
         found = [*root.glob("*/dataset_info.json"), *root.glob("*/*/dataset_info.json")]
         versions = [path.parent for path in found if _version(path.parent)]
+        configs = sorted({path.parent.relative_to(root).as_posix() for path in versions})
+        if len(configs) > 1:
+            raise DataError(f"{name!r} is several data sets: {', '.join(configs)}. Name one.")
         if versions:
-            return max(versions, key=lambda path: (_version(path), path.as_posix()))
+            return max(versions, key=_version)
     return None
 
 
