@@ -1,5 +1,6 @@
 """What the routing tests share: every router under every option that changes what it does."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -40,34 +41,50 @@ class Case(NamedTuple):
     def router(self) -> Router:
         return ROUTERS[self.name]
 
-    def state(self, num_experts: int, seed: int = 5) -> State:
+    def state(self, num_experts: int) -> State:
         """State as after some training: a bias that is not zero, a table with ids of its own."""
-        key = jax.random.key(seed)
-        counts = np.arange(VOCAB) ** 2
-        options = pick_options(self.router.init_state, self.options)
-        state = self.router.init_state(num_experts, VOCAB, self.k, key, counts, **options)
-        if "bias" in state:
-            state["bias"] = 0.3 * jax.random.normal(key, state["bias"].shape)
-        return state
+        return dict(_state(str(self), num_experts))
 
-    def route(self, logits, valid=None, *, state=None, token_ids=None, seed=9) -> Routing:
-        logits = jnp.asarray(logits)
+    def route(
+        self, logits, valid=None, *, state=None, token_ids=None, seed=9, compiled=True
+    ) -> Routing:
         B, S, E = logits.shape
-        valid = jnp.ones((B, S), bool) if valid is None else jnp.asarray(valid)
         if token_ids is None:
             token_ids = (np.arange(S) * 3 + np.arange(B)[:, None]) % VOCAB
-        return self.router.route(
-            logits,
-            valid,
-            k=self.k,
-            key=jax.random.key(seed) if self.router.needs_key_in_eval else None,
-            state=self.state(E) if state is None else state,
-            token_ids=jnp.asarray(token_ids, jnp.int32) if self.router.needs_token_ids else None,
-            **pick_options(self.router.route, self.options),
+        route = _compiled(str(self)) if compiled else functools.partial(_route, self)
+        return route(
+            jnp.asarray(logits),
+            jnp.ones((B, S), bool) if valid is None else jnp.asarray(valid),
+            jax.random.key(seed) if self.router.needs_key_in_eval else None,
+            self.state(E) if state is None else state,
+            jnp.asarray(token_ids, jnp.int32) if self.router.needs_token_ids else None,
         )
 
     def __str__(self) -> str:
         return "-".join([self.name, *(f"{k}={v}" for k, v in self.options.items()), f"k={self.k}"])
+
+
+def _route(case, logits, valid, key, state, token_ids) -> Routing:
+    options = pick_options(case.router.route, case.options)
+    return case.router.route(
+        logits, valid, k=case.k, key=key, state=state, token_ids=token_ids, **options
+    )
+
+
+@functools.cache
+def _compiled(name):
+    return jax.jit(functools.partial(_route, next(c for c in CASES if str(c) == name)))
+
+
+@functools.cache
+def _state(name, num_experts) -> State:
+    case, key = next(c for c in CASES if str(c) == name), jax.random.key(5)
+    options = pick_options(case.router.init_state, case.options)
+    counts = np.arange(VOCAB) ** 2
+    state = case.router.init_state(num_experts, VOCAB, case.k, key, counts, **options)
+    if "bias" in state:
+        state["bias"] = 0.3 * jax.random.normal(key, state["bias"].shape)
+    return state
 
 
 DEEPSEEK = {"groups": 4, "groups_kept": 2, "scale": 2.5}
@@ -89,8 +106,11 @@ def random_logits(shape=(3, 6, 8), seed=0) -> jax.Array:
     return 2.0 * jax.random.normal(jax.random.key(seed), shape)
 
 
+jit_report = jax.jit(layer_report)
+
+
 def stacked_report(routing: Routing, valid, kept=None) -> LayerReport:
     """The report of a model with one sparse layer."""
     valid = jnp.asarray(valid)
-    report = layer_report(routing, routing.plan.valid if kept is None else kept, valid)
+    report = jit_report(routing, routing.plan.valid if kept is None else kept, valid)
     return jax.tree.map(lambda x: x[None], report)
