@@ -10,9 +10,6 @@ custom metadata of the step.
 """
 
 from collections.abc import Mapping
-import hashlib
-import json
-import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -20,13 +17,12 @@ from typing import Any, NamedTuple
 from absl import logging
 import jax
 from jaxtyping import PyTree
-import numpy as np
 import orbax.checkpoint as ocp
 
 from moe.errors import CheckpointError, ConfigError
 from moe.training.digest import digest, leaf_names
+from moe.training.record import as_read_back, first_difference, is_intact, make_record, sha256
 
-_FORMAT = 1
 _SAVE_TIMEOUT_SECONDS = 600
 
 
@@ -157,8 +153,8 @@ class Checkpointer:
             raise CheckpointError(f"{self.directory} was opened to read; nothing is saved there.")
         if step in self._manager.all_steps() and self._record(step) is not None:
             return False
-        data_state, meta = _json(data_state), _json(meta)
-        self._records[step] = _make_record(state, data_state, meta, metrics or {})
+        data_state, meta = as_read_back(data_state), as_read_back(meta)
+        self._records[step] = make_record(state, data_state, meta, metrics or {})
         try:
             self._manager.save(
                 step,
@@ -294,7 +290,7 @@ class Checkpointer:
             raise self._damaged(step, _root_cause(error)) from error
         record = self._record(step) or {}
         for name in ("data", "meta"):
-            if name in loaded and _sha256(loaded[name]) != record[name]:
+            if name in loaded and sha256(loaded[name]) != record[name]:
                 raise self._damaged(step, f"the contents of {name} are not those that were saved")
         return loaded
 
@@ -302,8 +298,7 @@ class Checkpointer:
         """The record of a step, None if it is missing or its own checksum is wrong."""
         if step not in self._records:
             record = dict(self._manager.metadata(step).custom_metadata or {})
-            checksum = record.pop("sha256", None)
-            intact = record.get("format") == _FORMAT and checksum == _sha256(record)
+            intact = is_intact(record)
             if not intact:
                 logging.warning(
                     "Left out %s: not a whole checkpoint of this program.",
@@ -329,18 +324,16 @@ class Checkpointer:
         return foreign | set(ours[-self._keep_latest :]) | set(best)
 
     def _check_fit(self, step: int, leaves: dict, abstract_state: PyTree, *, partial: bool) -> None:
-        wanted = _describe(abstract_state)
-        names = list(wanted) + [name for name in leaves if name not in wanted and not partial]
-        for name in names:
-            stored, asked = _leaf_text(leaves.get(name)), _leaf_text(wanted.get(name))
-            if stored != asked:
-                raise CheckpointError(
-                    f"Checkpoint {step} in {self.directory} is of another model: {name} is "
-                    f"{stored} in the checkpoint and {asked} here. A checkpoint loads only into "
-                    "the same leaves, shapes and dtypes. Use the config that wrote it "
-                    "(config.json in the workdir), or another workdir."
-                )
-        for name, leaf in zip(wanted, jax.tree.leaves(abstract_state), strict=True):
+        difference = first_difference(leaves, abstract_state, partial=partial)
+        if difference is not None:
+            raise CheckpointError(
+                f"Checkpoint {step} in {self.directory} is of another model: {difference}. A "
+                "checkpoint loads only into the same leaves, shapes and dtypes. Use the config "
+                "that wrote it (config.json in the workdir), or another workdir."
+            )
+        for name, leaf in zip(
+            leaf_names(abstract_state), jax.tree.leaves(abstract_state), strict=True
+        ):
             if leaf.sharding is None:
                 raise TypeError(f"abstract_state: {name} has no sharding.")
 
@@ -385,43 +378,6 @@ def _check_arguments(every: int, keep_latest: int, keep_best: int, best_mode: st
             raise ConfigError(f"checkpoint.{name}={value} must be at least {least}.")
     if best_mode not in ("min", "max"):
         raise ConfigError(f"checkpoint.best_mode={best_mode!r} must be 'min' or 'max'.")
-
-
-def _make_record(state: PyTree, data_state: dict, meta: dict, metrics: Mapping[str, Any]) -> dict:
-    """What a step must read back as; JSON. Its last entry is the checksum of all others."""
-    for name, leaf in zip(leaf_names(state), jax.tree.leaves(state), strict=True):
-        if not isinstance(leaf, jax.Array):
-            raise TypeError(f"state: {name} is a {type(leaf).__name__}, not a jax.Array.")
-    leaves = _describe(state)
-    for name, value in digest(state).items():
-        leaves[name]["digest"] = value
-    numbers = {key: float(value) for key, value in metrics.items() if np.ndim(value) == 0}
-    record = {
-        "format": _FORMAT,
-        "leaves": leaves,
-        "data": _sha256(data_state),
-        "meta": _sha256(meta),
-        "metrics": {key: value for key, value in numbers.items() if math.isfinite(value)},
-    }
-    return record | {"sha256": _sha256(record)}
-
-
-def _describe(tree: PyTree) -> dict[str, dict]:
-    leaves = zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)
-    return {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in leaves}
-
-
-def _leaf_text(leaf: dict | None) -> str:
-    return "absent" if leaf is None else f"{leaf['dtype']}{leaf['shape']}"
-
-
-def _json(value: dict) -> dict:
-    """`value` as it will be read back: lists for tuples, text for keys."""
-    return json.loads(json.dumps(value))
-
-
-def _sha256(value: dict) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _root_cause(error: BaseException) -> str:

@@ -25,10 +25,10 @@ def leaf_names(tree: PyTree) -> list[str]:
 
 def digest(tree: PyTree) -> dict[str, int]:
     """Digests of all leaves by name. Every process must call it when arrays span processes."""
-    # One program a shape, compiled once for parameter and moments; one for the whole tree takes
-    # seconds to compile. All are started before the first result is fetched.
-    digests = [_leaf_digest(leaf) for leaf in jax.tree.leaves(tree)]
-    numbers = [int(value) for value in jax.device_get(digests)]
+    # One program a shape, compiled once for parameter and moments: one for the whole tree takes
+    # seconds to compile. One at a time: the reductions of several arrays in flight at once can
+    # starve each other of threads on virtual CPU devices and never end.
+    numbers = [int(_leaf_digest(leaf)) for leaf in jax.tree.leaves(jax.block_until_ready(tree))]
     return dict(zip(leaf_names(tree), numbers, strict=True))
 
 

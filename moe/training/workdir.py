@@ -146,9 +146,14 @@ def git_commit() -> str:
 
 
 def _check_path(workdir: Path) -> None:
-    if workdir.exists() and not workdir.is_dir():
+    try:
+        is_file = workdir.exists() and not workdir.is_dir()
+        has_parent = workdir.parent.is_dir()
+    except OSError as error:
+        raise _not_writable(workdir, error) from error
+    if is_file:
         raise ConfigError(f"--workdir={workdir} is a file. Name a directory.")
-    if not workdir.parent.is_dir():
+    if not has_parent:
         raise ConfigError(
             f"--workdir={workdir}: its parent {workdir.parent} is not there. Only the last part "
             f"of the path is made for you; run `mkdir -p {workdir.parent}` or correct the path."

@@ -240,6 +240,19 @@ def test_a_failed_save_is_reported_and_the_next_one_works(tmp_path):
                 checkpoints.close()
 
 
+def save_and_fail(directory: Path) -> None:
+    state = {"w": jax.random.normal(jax.random.key(0), (2**18,))}
+    with Checkpointer(directory) as checkpoints:
+        checkpoints.save(1, state, DATA, META)
+        raise ValueError("the cause")
+
+
+def test_the_error_that_ended_the_run_is_shown_before_that_of_its_last_save(tmp_path):
+    with full_disk(), pytest.raises(ValueError, match="the cause") as caught:
+        save_and_fail(tmp_path)
+    assert "Checkpoint 1 was not saved" in caught.value.__notes__[0]
+
+
 def test_a_leaf_that_is_no_jax_array_is_refused_by_name(tmp_path):
     with Checkpointer(tmp_path) as checkpoints:
         with pytest.raises(TypeError, match=r"params/w is a ndarray, not a jax.Array"):
@@ -338,6 +351,27 @@ def run_child(code: str, *arguments: object, **options) -> subprocess.Popen:
     source = textwrap.dedent(code)
     command = [sys.executable, "-c", source, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
+
+
+def test_the_last_save_survives_an_uncaught_error(tmp_path):
+    child = run_child(
+        """
+        import sys
+        import jax.numpy as jnp
+        from moe.training.checkpoint import Checkpointer
+        with Checkpointer(sys.argv[1]) as checkpoints:
+            checkpoints.save(1, {"w": jnp.arange(2**22, dtype=jnp.float32)}, {}, {})
+            raise ValueError
+        """,
+        tmp_path,
+        stderr=subprocess.DEVNULL,
+    )
+    with child:
+        assert child.wait(timeout=60) == 1
+    target = {"w": jax.ShapeDtypeStruct((2**22,), jnp.float32, sharding=sharding(1))}
+    with Checkpointer(tmp_path, read_only=True) as checkpoints:
+        restored = checkpoints.restore("latest", target)
+    np.testing.assert_array_equal(restored.state["w"], np.arange(2**22, dtype=np.float32))
 
 
 def test_sigkill_while_saving_leaves_the_step_before(tmp_path):

@@ -78,6 +78,19 @@ def test_a_read_only_disk_is_refused(read_only_directory, name):
     assert [path.name for path in read_only_directory.rglob("*")] == ["run"]
 
 
+def test_a_parent_that_may_not_be_entered_is_refused(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o000)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)  # permission bits say nothing to root
+    try:
+        with pytest.raises(ConfigError, match=r"cannot be written: Permission denied"):
+            open_and_close(tmp_path / "closed" / "run")
+    finally:
+        if root:
+            os.seteuid(0)
+
+
 def test_a_full_disk_is_refused_and_the_new_directory_is_gone(tmp_path, monkeypatch):
     def no_space(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
