@@ -8,21 +8,22 @@ Exit codes: 0 done, 2 config, 3 data, 4 checkpoint, 75 interrupted with the stat
 import contextlib
 from pathlib import Path
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 import jax
+from moe.parallel.host_memory import keep_freed_memory
 
 from moe import cli
 from moe.config import ConfigDict
 from moe.data import tokenizers
+from moe.data.batches import TrainBatches
 from moe.data.tokenizers import Tokenizer
 from moe.errors import EXIT_PREEMPTED
-from moe.evaluation.evaluate import EvalStep, evaluate, quality
+from moe.evaluation.evaluate import EvalStep, quality
 from moe.evaluation.record import evaluation_record, write_json
 from moe.model.build import ModelSize, model_size
 from moe.parallel import distributed
-from moe.parallel.host_memory import keep_freed_memory
 from moe.report.run import write_report
 from moe.routing.metrics import summarize
 from moe.training import setup, throughput
@@ -62,78 +63,78 @@ def train(config: ConfigDict, workdir: Path) -> int:
         stack.enter_context(jax.set_mesh(run.mesh))
 
         # ---- state: restored, or fresh
-        saves = config.checkpoint
         checkpointer = stack.enter_context(
-            Checkpointer(
-                workdir / "checkpoints",
-                every=saves.every,
-                keep_latest=saves.keep_latest,
-                keep_best=saves.keep_best,
-            )
+            Checkpointer(workdir / "checkpoints", **config.checkpoint)
         )
         batches = run.data.train_batches(*setup.process_block(run.mesh, config.data.batch_size))
         state, start = restore_or_start(run, checkpointer, batches)
         if start >= config.steps:
-            print(f"{workdir} is done: {start} of steps={config.steps}.")
+            print(f"{workdir} is done: it stands at step {start} of steps={config.steps}.")
             return 0
+
+        # ---- outputs
         if primary:
             write_config(workdir, config.to_dict())
             (workdir / TOKENIZER_FILE).write_text(run.data.tokenizer.to_json())
         recorder = stack.enter_context(Recorder(workdir, primary=primary))
         recorder.rewind(start)
-        interruption = stack.enter_context(Interruption())
         progress = Progress(config.steps, start, visible=primary)
         stack.callback(progress.close)
-
-        # ---- step
-        started = time.perf_counter()
-        train_step, eval_step = setup.compile_train_step(run, state), setup.jit_eval_step(run)
-        progress.message(f"compiled the step in {time.perf_counter() - started:.1f} s")
-        size = model_size(run.spec, config.data.sequence_length)
-        clock = throughput.Clock(size, throughput.peak_flops(), config.data.sequence_length)
-        put, key, hyper = (
-            setup.to_device(run.mesh),
-            setup.root_key(config.seed, 1),
-            setup.hyper(run),
-        )
+        interruption = stack.enter_context(Interruption())
 
         # ---- loop
-        for step in range(start + 1, config.steps + 1):
-            with clock.waiting():
-                batch = put(next(batches))
-            state, told = train_step(state, batch, key, hyper)
-            last = step == config.steps
-            if step % config.log_every == 0 or last:
-                values = train_values(told)  # waits for the step
-                values |= clock.lap(config.data.batch_size)
-                recorder.write(step, "train", values)
-                progress.update(step, values)
-            best = None
-            if step % config.evaluation.every == 0 or last:
-                with clock.paused(state):
-                    record = evaluate_split(run, eval_step, state, step, "valid", size)
-                best = {"bits_per_byte": record["metrics"]["bits_per_byte"]}
-                recorder.write(step, "valid", record["metrics"])
-                progress.message(describe(record))
-                if primary:
-                    write_json(workdir / "eval" / f"valid-{step}.json", record)
-            stop = interruption.requested(step)
-            if checkpointer.due(step) or last or stop:
-                meta = {
-                    "config": config.to_dict(),
-                    "versions": package_versions(),
-                    "tokenizer": run.data.tokenizer.to_json(),
-                }
-                with clock.paused(state):
-                    checkpointer.save(step, state._asdict(), batches.get_state(), meta, best)
-            if stop and not last:
-                progress.message(f"stopped at step {step} with the state saved; run again to go on")
-                return EXIT_PREEMPTED
-
-        # ---- report
-        checkpointer.wait()
+        out = Outputs(workdir, checkpointer, recorder, progress, interruption, primary)
+        code = loop(run, state, start, batches, out)
         if primary:
             progress.message(f"report: {write_report(workdir)}")
+    return code
+
+
+class Outputs(NamedTuple):
+    """Where a run leaves what it finds."""
+
+    workdir: Path
+    checkpointer: Checkpointer
+    recorder: Recorder
+    progress: Progress
+    interruption: Interruption
+    primary: bool
+
+
+def loop(run: Run, state: TrainState, start: int, batches: TrainBatches, out: Outputs) -> int:
+    """Steps from `start` to the end of the run, or to an interruption."""
+    config = run.config
+    started = time.perf_counter()
+    train_step = setup.compile_train_step(run, state)
+    eval_step = setup.compile_eval_step(run, state.params, state.router)
+    out.progress.message(f"compiled in {time.perf_counter() - started:.1f} s")
+    size = model_size(run.spec, config.data.sequence_length)
+    put, key, hyper = setup.to_device(run.mesh), setup.root_key(config.seed, 1), setup.hyper(run)
+    clock = throughput.Clock(size, throughput.peak_flops(), config.data.sequence_length)
+
+    for step in range(start + 1, config.steps + 1):
+        with clock.waiting():
+            batch = put(next(batches))
+        state, told = train_step(state, batch, key, hyper)
+        last = step == config.steps
+        if step % config.log_every == 0 or last:
+            values = train_values(told)  # waits for the step
+            values |= clock.lap(config.data.batch_size)
+            out.recorder.write(step, "train", values)
+            out.progress.update(step, values)
+        found = None
+        if step % config.evaluation.every == 0 or last:
+            with clock.paused(state):
+                found = evaluate_split(run, eval_step, state, step, size)
+                leave(found, out)
+        stop = out.interruption.requested(step)
+        if out.checkpointer.due(step) or last or stop:
+            with clock.paused(state):
+                save(run, step, state, batches, found, out.checkpointer)
+        if stop and not last:
+            out.progress.message(f"stopped at step {step}, state saved; run it again to go on")
+            return EXIT_PREEMPTED
+    out.checkpointer.wait()
     return 0
 
 
@@ -146,7 +147,9 @@ def saved_tokenizer(workdir: Path) -> Tokenizer | None:
     return tokenizers.from_json(path.read_text()) if path.exists() else None
 
 
-def restore_or_start(run: Run, checkpointer: Checkpointer, batches: Any) -> tuple[TrainState, int]:
+def restore_or_start(
+    run: Run, checkpointer: Checkpointer, batches: TrainBatches
+) -> tuple[TrainState, int]:
     """The newest checkpoint with its place in the data, or a fresh state at step 0."""
     latest = checkpointer.latest_step()
     if latest is None:
@@ -171,32 +174,48 @@ def train_values(told: StepMetrics) -> dict[str, Any]:
 
 
 def evaluate_split(
-    run: Run, eval_step: EvalStep, state: TrainState, step: int, split: str, size: ModelSize
+    run: Run, eval_step: EvalStep, state: TrainState, step: int, size: ModelSize
 ) -> dict[str, Any]:
-    """Evaluates and times one split; the record is what goes to `eval/`."""
-    started = time.perf_counter()
-    block = setup.process_block(run.mesh, run.config.data.batch_size)
-    evaluation = evaluate(
-        eval_step,
-        state.params,
-        state.router,
-        run.data.eval_batches(split, *block),
-        setup.root_key(run.config.seed, 2),
-        domains=run.data.domains,
-        to_device=setup.to_device(run.mesh),
-        limit=run.config.evaluation.batches,
+    """The record of an evaluation on the valid split, as it goes to `eval/`."""
+    evaluation, speed = setup.timed_evaluation(
+        run, eval_step, state.params, state.router, "valid", limit=run.config.evaluation.batches
     )
-    seconds = time.perf_counter() - started
-    speed = {"speed/tokens_per_second": evaluation.metrics["tokens"] / seconds}
     return evaluation_record(
         evaluation,
         step=step,
-        split=split,
+        split="valid",
         domains=run.data.domains,
         tokenizer=run.data.tokenizer,
         size=size,
-        speed=speed | throughput.memory(),
+        speed=speed,
     )
+
+
+def leave(record: dict[str, Any], out: Outputs) -> None:
+    """Records an evaluation."""
+    step, split = record["step"], record["split"]
+    out.recorder.write(step, split, record["metrics"])
+    out.progress.message(describe(record))
+    if out.primary:
+        write_json(out.workdir / "eval" / f"{split}-{step}.json", record)
+
+
+def save(
+    run: Run,
+    step: int,
+    state: TrainState,
+    batches: TrainBatches,
+    found: dict[str, Any] | None,
+    checkpointer: Checkpointer,
+) -> None:
+    """Starts a checkpoint; `found` is the evaluation of this very state, if there was one."""
+    meta = {
+        "config": run.config.to_dict(),
+        "versions": package_versions(),
+        "tokenizer": run.data.tokenizer.to_json(),
+    }
+    best = None if found is None else {"bits_per_byte": found["metrics"]["bits_per_byte"]}
+    checkpointer.save(step, state._asdict(), batches.get_state(), meta, best)
 
 
 def describe(record: dict[str, Any]) -> str:

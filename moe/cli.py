@@ -41,7 +41,11 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigD
 
 def complete_config(config: ConfigDict, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
     """Fills in the router's options, applies overrides, checks what needs nothing but the config."""
-    config = ConfigDict(config.to_dict())
+    sections = config.to_dict()
+    model = sections.get("model", {})
+    if isinstance(model.get("pattern"), list):  # as JSON gives it back
+        model["pattern"] = tuple(model["pattern"])
+    config = ConfigDict(sections)
     config_lib.check_known_keys(
         config, config_lib.default_config(), free=("router", "data.files", "data.weights")
     )

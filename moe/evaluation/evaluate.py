@@ -116,8 +116,9 @@ def _add(a: EvalSums, b: EvalSums) -> EvalSums:
     rows = RowSums(*(x + y for x, y in zip(a.rows, b.rows, strict=True)))
     if a.totals is None or b.totals is None:
         return EvalSums(rows, None, None)
-    assert a.domain_requested is not None and b.domain_requested is not None
-    return EvalSums(rows, metrics.add(a.totals, b.totals), a.domain_requested + b.domain_requested)
+    return EvalSums(
+        rows, metrics.add(a.totals, b.totals), np.add(a.domain_requested, b.domain_requested)
+    )
 
 
 def summarize(sums: EvalSums, domains: tuple[str, ...]) -> Evaluation:

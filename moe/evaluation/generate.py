@@ -1,5 +1,6 @@
 """Continues a prompt with a key/value cache: greedy, or sampled with temperature and top-p."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -17,7 +18,7 @@ from moe.model.transformer import Transformer, empty_cache
 def generate(
     model: Transformer,
     dispatch: Dispatch,
-    prompt: Int[np.ndarray, " S"],
+    prompt: Sequence[int],
     *,
     length: int,
     temperature: float,
@@ -102,3 +103,9 @@ def sample(
     keep = jnp.zeros_like(probs, bool).at[order].set(before < top_p)
     drawn = jax.random.categorical(key, jnp.where(keep, jnp.log(probs), -jnp.inf))
     return jnp.where(temperature > 0, drawn, logits.argmax()).astype(jnp.int32)
+
+
+def until(tokens: Int[np.ndarray, " N"], boundary: int) -> Int[np.ndarray, " M"]:
+    """The tokens before the first document boundary."""
+    ends = np.flatnonzero(tokens == boundary)
+    return tokens[: ends[0]] if len(ends) else tokens

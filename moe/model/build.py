@@ -12,7 +12,11 @@ from moe.routing.table import check_router
 
 
 def model_spec(
-    config: ConfigDict, vocab_size: int, token_counts: np.ndarray | None = None
+    config: ConfigDict,
+    vocab_size: int,
+    token_counts: np.ndarray | None = None,
+    *,
+    training: bool = True,
 ) -> ModelSpec:
     """The model that `config.model` and `config.router` describe.
 
@@ -20,6 +24,7 @@ def model_spec(
         config: complete config.
         vocab_size: of the tokenizer.
         token_counts: `[V]` how often each id occurs in the training text, for balanced hash tables.
+        training: whether to refuse a router that could run but not learn.
 
     Raises:
         ConfigError: the router cannot work with this number of experts.
@@ -27,7 +32,7 @@ def model_spec(
     m = config.model.to_dict()
     router = config.router.to_dict()
     if "sparse" in m["pattern"]:
-        check_router(num_experts=m["num_experts"], **router)
+        check_router(num_experts=m["num_experts"], training=training, **router)
     spec = RouterSpec(
         name=router["name"],
         k=router["k"],

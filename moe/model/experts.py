@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from flax import nnx
 import jax
-from jax.sharding import PartitionSpec
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from moe.axes import EXPERT, TENSOR

@@ -207,7 +207,7 @@ class Transformer(nnx.Module):
                 continue
             stack: Repeat = getattr(self, name)
             count = self.spec.first_dense if name == "first" else self.spec.repeats * stack.depth
-            part = None if cache is None else jax.tree.map(lambda a: a[done : done + count], cache)
+            part = _part(cache, slice(done, done + count))
             key = None if call.key is None else jax.random.fold_in(call.key, index)
             x, report, part = self._scan(
                 stack, x, positions, segments, call._replace(key=key), part, start
@@ -243,7 +243,7 @@ class Transformer(nnx.Module):
                 key = None
                 if call.key is not None:
                     key = jax.random.fold_in(call.key, index * stack.depth + i)
-                part = None if cache is None else jax.tree.map(lambda a: a[i], cache)
+                part = _part(cache, i)
                 x, report, part = block(x, positions, segments, call, key, part, start)
                 reports += [] if report is None else [report]
                 caches += [] if part is None else [part]
@@ -266,6 +266,10 @@ class Transformer(nnx.Module):
 def _stacked(parts: list):
     """One pytree with a new leading axis; None for nothing."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts) if parts else None
+
+
+def _part(cache: KeyValues | None, which: int | slice) -> KeyValues | None:
+    return None if cache is None else KeyValues(cache.key[which], cache.value[which])
 
 
 def _merged(tree):

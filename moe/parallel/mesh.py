@@ -1,6 +1,6 @@
 """The device mesh, and the processes that share it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import math
 
 import jax
@@ -43,6 +43,15 @@ def resolve_sizes(sizes: Sequence[int], count: int) -> list[int]:
             f"to take what is left, or start with --cpu_devices={fixed} to use virtual CPU devices."
         )
     return filled
+
+
+def fits(sizes: Mapping[str, int], count: int) -> bool:
+    """Whether a `mesh` section can be laid over `count` devices."""
+    try:
+        resolve_sizes([sizes[name] for name in MESH_AXES], count)
+    except ConfigError:
+        return False
+    return True
 
 
 def batch_shards(mesh: Mesh) -> int:

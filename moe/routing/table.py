@@ -127,7 +127,15 @@ def pick_options(function: Callable[..., Any], options: dict[str, Any]) -> dict[
     return {name: options[name] for name in options_of(function) if name in options}
 
 
-def check_router(name: str, num_experts: int, *, k: int, jitter: float = 0.0, **options: Any):
+def check_router(
+    name: str,
+    num_experts: int,
+    *,
+    k: int,
+    jitter: float = 0.0,
+    training: bool = True,
+    **options: Any,
+) -> None:
     """Checks a `router` config section against the number of experts, before anything compiles.
 
     Args:
@@ -135,6 +143,7 @@ def check_router(name: str, num_experts: int, *, k: int, jitter: float = 0.0, **
         num_experts: `model.num_experts`.
         k: experts a token.
         jitter: input noise of the gate.
+        training: whether the gate must learn; without, k = 1 needs no gradient.
         options: the router's own options.
 
     Raises:
@@ -163,7 +172,8 @@ def check_router(name: str, num_experts: int, *, k: int, jitter: float = 0.0, **
             f"router.jitter={jitter} with router.name={name!r}: this router has no gate for the "
             "noise to act on. Set router.jitter=0.0."
         )
-    router.check(num_experts, k=k, **pick_options(router.check, options))
+    if training or k > 1:
+        router.check(num_experts, k=k, **pick_options(router.check, options))
 
 
 def _nearest(name: str, known: dict[str, Any]) -> str:

@@ -1,12 +1,14 @@
 """What `train.py` and `eval.py` both build from a config, in the order in which mistakes are cheap."""
 
 from collections.abc import Callable
+from functools import partial
+import time
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int, PyTree
 import numpy as np
 import optax
 
@@ -17,7 +19,7 @@ from moe.data.tokenizers import Tokenizer
 from moe.data.types import Batch
 from moe.dispatch.table import make_dispatch
 from moe.dispatch.types import Dispatch
-from moe.evaluation.evaluate import EvalStep, make_eval_step
+from moe.evaluation.evaluate import EvalStep, Evaluation, evaluate, make_eval_step
 from moe.model.build import model_spec
 from moe.model.experts import EXPERT_SPECS
 from moe.model.transformer import ModelSpec
@@ -25,8 +27,9 @@ from moe.parallel.mesh import batch_shards, make_mesh
 from moe.parallel.rules import BATCH_SPEC
 from moe.routing.table import ROUTERS, pick_options
 from moe.training import optimizer as optimizer_lib
+from moe.training import throughput
 from moe.training.state import Skeleton, TrainState, make_skeleton, state_shardings
-from moe.training.step import Hyper, TrainStep, make_train_step
+from moe.training.step import Hyper, Plan, TrainStep, train_step
 
 
 class Run(NamedTuple):
@@ -42,12 +45,20 @@ class Run(NamedTuple):
     token_bytes: Int[Array, " V"]
 
 
-def set_up(config: ConfigDict, tokenizer: Tokenizer | None = None) -> Run:
+def set_up(
+    config: ConfigDict,
+    tokenizer: Tokenizer | None = None,
+    *,
+    training: bool = True,
+    data: TextData | None = None,
+) -> Run:
     """Checks the config against the devices and the data; nothing compiles, nothing is written.
 
     Args:
         config: complete config.
         tokenizer: the one of a trained run; None makes the one that the config describes.
+        training: whether to refuse what only training cannot do.
+        data: already open; None opens what the config describes.
 
     Raises:
         ConfigError: a combination that cannot work.
@@ -57,15 +68,19 @@ def set_up(config: ConfigDict, tokenizer: Tokenizer | None = None) -> Run:
     _check_batch(config, mesh)
     if "sparse" in config.model.pattern:
         # Fails before the data is prepared; the real vocabulary is not needed for the checks.
-        model_spec(config, vocab_size=1)
+        model_spec(config, vocab_size=1, training=training)
         experts, shards = config.model.num_experts, mesh.shape["expert"]
         require(
             experts % shards == 0,
-            f"model.num_experts={experts} is not divisible by mesh.expert={shards}: every device of the "
-            f"expert axis keeps the same number of experts. Choose mesh.expert among the divisors of {experts}.",
+            f"model.num_experts={experts} is not divisible by mesh.expert={shards}: every device of "
+            "the expert axis keeps the same number of experts. Choose mesh.expert among the divisors "
+            f"of {experts}.",
         )
-    data = make_data(config.data, seed=config.seed, tokenizer=tokenizer)
-    spec = model_spec(config, data.tokenizer.vocab_size, _token_counts(config, data))
+    if data is None:
+        data = make_data(config.data, seed=config.seed, tokenizer=tokenizer)
+    spec = model_spec(
+        config, data.tokenizer.vocab_size, _token_counts(config, data), training=training
+    )
     skeleton = make_skeleton(spec)
     o = config.optimizer
     transformation = optimizer_lib.adam(b1=o.b1, b2=o.b2, eps=o.eps)
@@ -76,12 +91,12 @@ def set_up(config: ConfigDict, tokenizer: Tokenizer | None = None) -> Run:
 
 def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
     shards, accumulation = batch_shards(mesh), config.optimizer.accumulation
-    size = config.data.batch_size
+    size, unit = config.data.batch_size, shards * accumulation
     require(
-        size % (shards * accumulation) == 0,
+        size % unit == 0,
         f"data.batch_size={size} is not divisible by {shards} (devices along {' x '.join(BATCH_AXES)}) "
-        f"x {accumulation} (optimizer.accumulation): each device takes the same number of sequences of "
-        f"every microbatch. The next batch size that fits is {-(-size // (shards * accumulation)) * shards * accumulation}.",
+        f"x {accumulation} (optimizer.accumulation): each device takes the same number of sequences "
+        f"of every microbatch. The next batch size that fits is {-(-size // unit) * unit}.",
     )
 
 
@@ -89,7 +104,7 @@ def _token_counts(config: ConfigDict, data: TextData) -> np.ndarray | None:
     """How often each id occurs in the training text, where a hash table wants to know."""
     if config.router.get("kind") != "balanced":
         return None
-    return data.store.token_histogram("train", data.tokenizer.vocab_size)
+    return np.bincount(data.store.splits["train"].ids, minlength=data.tokenizer.vocab_size)
 
 
 def dispatch_for(run: Run, *, training: bool) -> Dispatch:
@@ -106,21 +121,30 @@ def dispatch_for(run: Run, *, training: bool) -> Dispatch:
 
 def compile_train_step(run: Run, state: TrainState) -> TrainStep:
     """The step, compiled for this state; it takes its arguments as `jit_train_step` does."""
+    key = root_key(run.config.seed, 1)
+    return jit_train_step(run).lower(state, abstract_batch(run), key, hyper(run)).compile()
+
+
+def compile_eval_step(run: Run, params: PyTree, router: PyTree) -> EvalStep:
+    """The evaluation step, compiled for these parameters."""
+    key = root_key(run.config.seed, 2)
+    return jit_eval_step(run).lower(params, router, abstract_batch(run), key).compile()
+
+
+def abstract_batch(run: Run) -> Batch:
+    """Shapes, dtypes and shardings of a global batch."""
     size = (run.config.data.batch_size, run.config.data.sequence_length)
     sharding = NamedSharding(run.mesh, BATCH_SPEC)
-    batch = Batch(
-        *(jax.ShapeDtypeStruct(size, jnp.int32, sharding=sharding) for _ in range(4)),
-        jax.ShapeDtypeStruct(size, jnp.bool_, sharding=sharding),
-        jax.ShapeDtypeStruct(size[:1], jnp.int32, sharding=sharding),
-    )
-    lowered = jit_train_step(run).lower(state, batch, root_key(run.config.seed, 1), hyper(run))
-    return lowered.compile()
+    tokens = jax.ShapeDtypeStruct(size, jnp.int32, sharding=sharding)
+    valid = jax.ShapeDtypeStruct(size, jnp.bool_, sharding=sharding)
+    domain = jax.ShapeDtypeStruct(size[:1], jnp.int32, sharding=sharding)
+    return Batch(tokens, tokens, tokens, tokens, valid, domain)
 
 
 def jit_train_step(run: Run):
     """The donated step with explicit shardings."""
     o = run.config.optimizer
-    step = make_train_step(
+    plan = Plan(
         run.spec,
         run.skeleton,
         dispatch_for(run, training=True),
@@ -134,21 +158,21 @@ def jit_train_step(run: Run):
         ),
         optimizer_lib.decay_mask(run.skeleton.params),
         run.token_bytes,
-        balance_scope=run.config.losses.balance_scope,
-        accumulation=o.accumulation,
+        run.config.losses.balance_scope,
+        o.accumulation,
     )
     everywhere = NamedSharding(run.mesh, PartitionSpec())
     batch = NamedSharding(run.mesh, BATCH_SPEC)
     return jax.jit(
-        step,
+        partial(train_step, plan),
         donate_argnums=0,
         in_shardings=(run.shardings, batch, everywhere, everywhere),
         out_shardings=(run.shardings, everywhere),
     )
 
 
-def jit_eval_step(run: Run) -> EvalStep:
-    """The compiled evaluation step."""
+def jit_eval_step(run: Run):
+    """The evaluation step with explicit shardings."""
     step = make_eval_step(
         run.skeleton, dispatch_for(run, training=False), run.token_bytes, len(run.data.domains)
     )
@@ -203,3 +227,23 @@ def to_device(mesh: Mesh) -> Callable[[Batch], Batch]:
 def root_key(seed: int, purpose: int) -> Any:
     """Key of one purpose: 0 parameters, 1 training noise, 2 evaluation."""
     return jax.random.fold_in(jax.random.key(seed), purpose)
+
+
+def timed_evaluation(
+    run: Run, eval_step: EvalStep, params: Any, router: Any, split: str, *, limit: int | None = None
+) -> tuple[Evaluation, dict[str, float]]:
+    """Evaluates a split, at most `limit` batches; with `speed/*` and `memory/*`."""
+    started = time.perf_counter()
+    evaluation = evaluate(
+        eval_step,
+        params,
+        router,
+        run.data.eval_batches(split, *process_block(run.mesh, run.config.data.batch_size)),
+        root_key(run.config.seed, 2),
+        domains=run.data.domains,
+        to_device=to_device(run.mesh),
+        limit=limit,
+    )
+    seconds = time.perf_counter() - started
+    speed = {"speed/tokens_per_second": evaluation.metrics["tokens"] / seconds}
+    return evaluation, speed | throughput.memory()

@@ -1,6 +1,7 @@
 """One optimiser step: a pure function of state, batch, key and traced numbers."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -61,123 +62,135 @@ class Aux(NamedTuple):
     totals: metrics.Totals | None
 
 
+class Plan(NamedTuple):
+    """What a step is compiled for."""
+
+    spec: ModelSpec
+    skeleton: Skeleton
+    dispatch: Dispatch  # how tokens reach experts in training
+    transformation: optax.GradientTransformation  # `optimizer.adam(...)`
+    schedule: optax.Schedule  # fraction of the peak learning rate by step
+    decay: PyTree  # which parameters decay
+    token_bytes: Int[Array, " V"]  # bytes that each token id stands for
+    balance_scope: str  # of the balance loss, see `losses.balance_loss`
+    accumulation: int  # microbatches
+
+    @property
+    def learned(self) -> bool:
+        """Whether there is a router to lose anything on."""
+        return self.spec.sparse_layers > 0 and ROUTERS[self.spec.router.name].learned
+
+
 TrainStep = Callable[[TrainState, Batch, Key[Array, ""], Hyper], tuple[TrainState, StepMetrics]]
 
 
-def make_train_step(
-    spec: ModelSpec,
-    skeleton: Skeleton,
-    dispatch: Dispatch,
-    transformation: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    decay: PyTree,
-    token_bytes: Int[Array, " V"],
-    *,
-    balance_scope: str,
-    accumulation: int,
-) -> TrainStep:
-    """Builds the step; jit it with donated state.
+def train_step(
+    plan: Plan, state: TrainState, batch: Batch, key: Key[Array, ""], hyper: Hyper
+) -> tuple[TrainState, StepMetrics]:
+    """One optimiser step; bind `plan`, then jit with donated state.
 
     Args:
-        spec: shape of the model.
-        skeleton: the model without its numbers.
-        dispatch: how tokens reach experts in training.
-        transformation: `optimizer.adam(...)`.
-        schedule: fraction of the peak learning rate by step.
-        decay: which parameters decay.
-        token_bytes: bytes that each token id stands for.
-        balance_scope: scope of the balance loss, see `losses.balance_loss`.
-        accumulation: microbatches; row `i` of the batch goes to microbatch `i % accumulation`, so that
-            no row leaves its device.
+        plan: static.
+        state: before the step.
+        batch: the global batch.
+        key: the run's root key; the step folds in its number.
+        hyper: traced numbers.
 
     Returns:
-        `(state, batch, key, hyper) -> (state, metrics)`. `key` is the run's root key: the step folds in
-        its number. With scope "global" and more than one microbatch, a forward pass over all of them
-        collects the counts first, so that the loss is exactly that of the undivided batch.
+        The state after the step, and what was measured before the update.
     """
-    learned = spec.sparse_layers > 0 and ROUTERS[spec.router.name].learned
-    two_passes = learned and balance_scope == "global" and accumulation > 1
+    grads, aux = gradients(plan, state, batch, jax.random.fold_in(key, state.step), hyper)
+    new = optimizer_lib.update(
+        plan.transformation,
+        grads,
+        state.params,
+        state.optimizer,
+        decay=plan.decay,
+        fraction=optimizer_lib.step_fraction(plan.schedule, state.step),
+        learning_rate=hyper.learning_rate,
+        weight_decay=hyper.weight_decay,
+        clip_norm=hyper.clip_norm,
+    )
+    router = update_router(plan.spec, state.router, aux.totals, hyper.update_options)
+    told = StepMetrics(aux.rows, aux.losses, new.learning_rate, new.grad_norm, aux.totals)
+    return TrainState(state.step + 1, new.params, router, new.optimizer), told
 
-    def call(batch: Batch, key: Key[Array, ""], hyper: Hyper) -> Call:
-        dropout = hyper.dropout if spec.dropout > 0 else None
-        return Call(batch.tokens, batch.valid, dispatch, hyper.jitter, dropout, key)
 
-    def microbatch_loss(
-        params: Any, router: Any, batch: Batch, key: Key[Array, ""], hyper: Hyper, scale: Scale
-    ) -> tuple[Float[Array, ""], Aux]:
-        rows, report = forward_rows(
-            skeleton, params, router, batch, call(batch, key, hyper), token_bytes
-        )
-        terms = {"cross_entropy": rows.nll.sum() / scale.tokens}
-        if report is not None and learned:
-            terms |= routing_terms(report, balance_scope, scale)
-        total = weigh(terms, hyper)
-        totals = None if report is None else metrics.totals(report)
-        return total, Aux(jax.tree.map(jnp.sum, rows), {**terms, "total": total}, totals)
+def gradients(
+    plan: Plan, state: TrainState, batch: Batch, key: Key[Array, ""], hyper: Hyper
+) -> tuple[PyTree, Aux]:
+    """Gradient of the loss of the whole batch, microbatch by microbatch.
 
-    def counts_of(params: Any, router: Any, batch: Batch, key: Key[Array, ""], hyper: Hyper):
+    Row `i` belongs to microbatch `i % accumulation`, so that no row leaves its device. With the
+    balance scope "global" a forward pass over all microbatches collects the counts first: the loss
+    is then exactly that of the undivided batch, for a third more compute.
+    """
+    tokens = batch.valid.sum().astype(jnp.float32)
+    rows = batch.valid.any(axis=1).sum().astype(jnp.float32)
+    scale = Scale(jnp.maximum(tokens, 1.0), rows, None)
+    grad = jax.value_and_grad(partial(microbatch_loss, plan), has_aux=True)
+    if plan.accumulation == 1:
+        (_, aux), grads = grad(state.params, state.router, batch, key, hyper, scale)
+        return grads, aux
+    parts = jax.tree.map(lambda a: _split(a, plan.accumulation), batch)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(plan.accumulation))
+    if plan.learned and plan.balance_scope == "global":
+        scale = scale._replace(counts=_global_counts(plan, state, parts, keys, hyper))
+
+    def one(part: tuple[Batch, Key[Array, ""]]) -> tuple[PyTree, Aux]:
+        (_, aux), grads = grad(state.params, state.router, part[0], part[1], hyper, scale)
+        return grads, aux
+
+    def add(carry: tuple[PyTree, Aux], part: tuple) -> tuple[tuple[PyTree, Aux], None]:
+        grads, aux = one(part)
+        return (jax.tree.map(jnp.add, carry[0], grads), add_aux(carry[1], aux)), None
+
+    shapes = jax.eval_shape(one, jax.tree.map(lambda a: a[0], (parts, keys)))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zeros, (parts, keys))[0]
+
+
+def microbatch_loss(
+    plan: Plan,
+    params: PyTree,
+    router: PyTree,
+    batch: Batch,
+    key: Key[Array, ""],
+    hyper: Hyper,
+    scale: Scale,
+) -> tuple[Float[Array, ""], Aux]:
+    """The part of one microbatch in the loss of the batch."""
+    rows, report = forward_rows(
+        plan.skeleton, params, router, batch, _call(plan, batch, key, hyper), plan.token_bytes
+    )
+    terms = {"cross_entropy": rows.nll.sum() / scale.tokens}
+    if report is not None and plan.learned:
+        terms |= routing_terms(report, plan.balance_scope, scale)
+    total = weigh(terms, hyper)
+    totals = None if report is None else metrics.totals(report)
+    return total, Aux(jax.tree.map(jnp.sum, rows), {**terms, "total": total}, totals)
+
+
+def _call(plan: Plan, batch: Batch, key: Key[Array, ""], hyper: Hyper) -> Call:
+    dropout = hyper.dropout if plan.spec.dropout > 0 else None
+    return Call(batch.tokens, batch.valid, plan.dispatch, hyper.jitter, dropout, key)
+
+
+def _global_counts(
+    plan: Plan, state: TrainState, parts: Batch, keys: Key[Array, " A"], hyper: Hyper
+) -> Float[Array, "L E"]:
+    """Choices of every expert over all microbatches; the same noise as in the pass that follows."""
+
+    def counts(part: tuple[Batch, Key[Array, ""]]) -> Float[Array, "L E"]:
+        batch, key = part
+        call = _call(plan, batch, key, hyper)
         _, report = forward_rows(
-            skeleton, params, router, batch, call(batch, key, hyper), token_bytes
+            plan.skeleton, state.params, state.router, batch, call, plan.token_bytes
         )
         assert report is not None
         return report.row_requested.sum(axis=1)
 
-    def gradients(state: TrainState, batch: Batch, key: Key[Array, ""], hyper: Hyper):
-        """Gradient and sums over the batch, microbatch by microbatch."""
-        tokens = batch.valid.sum().astype(jnp.float32)
-        rows = batch.valid.any(axis=1).sum().astype(jnp.float32)
-        scale = Scale(jnp.maximum(tokens, 1.0), rows, None)
-        grad = jax.value_and_grad(microbatch_loss, has_aux=True)
-        if accumulation == 1:
-            (_, aux), grads = grad(state.params, state.router, batch, key, hyper, scale)
-            return grads, aux
-        parts = jax.tree.map(lambda a: _split(a, accumulation), batch)
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(accumulation))
-        if two_passes:
-            each = lambda part: counts_of(state.params, state.router, part[0], part[1], hyper)  # noqa: E731
-            scale = scale._replace(counts=jax.lax.map(each, (parts, keys)).sum(axis=0))
-
-        def add(carry: tuple, part: tuple) -> tuple[tuple, None]:
-            (_, aux), grads = grad(state.params, state.router, part[0], part[1], hyper, scale)
-            summed = jax.tree.map(jnp.add, carry[0], grads)
-            return (summed, add_aux(carry[1], aux)), None
-
-        shapes = jax.eval_shape(
-            lambda: grad(
-                state.params,
-                state.router,
-                jax.tree.map(lambda a: a[0], parts),
-                keys[0],
-                hyper,
-                scale,
-            )
-        )
-        (_, aux_shape), grads_shape = shapes
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads_shape, aux_shape))
-        (grads, aux), _ = jax.lax.scan(add, zeros, (parts, keys))
-        return grads, aux
-
-    def step(
-        state: TrainState, batch: Batch, key: Key[Array, ""], hyper: Hyper
-    ) -> tuple[TrainState, StepMetrics]:
-        grads, aux = gradients(state, batch, jax.random.fold_in(key, state.step), hyper)
-        fraction = optimizer_lib.step_fraction(schedule, state.step)
-        new = optimizer_lib.update(
-            transformation,
-            grads,
-            state.params,
-            state.optimizer,
-            decay=decay,
-            fraction=fraction,
-            learning_rate=hyper.learning_rate,
-            weight_decay=hyper.weight_decay,
-            clip_norm=hyper.clip_norm,
-        )
-        router = update_router(spec, state.router, aux.totals, hyper.update_options)
-        told = StepMetrics(aux.rows, aux.losses, new.learning_rate, new.grad_norm, aux.totals)
-        return TrainState(state.step + 1, new.params, router, new.optimizer), told
-
-    return step
+    return jax.lax.map(counts, (parts, keys)).sum(axis=0)
 
 
 def routing_terms(report: LayerReport, scope: str, scale: Scale) -> dict[str, Float[Array, ""]]:

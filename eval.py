@@ -1,0 +1,201 @@
+"""Evaluates a checkpoint of a run, on whatever devices are there.
+
+    python3 eval.py --workdir=runs/quickstart --step=best --split=test
+    python3 eval.py --workdir=runs/quickstart --matrix='router.k=1,2,4;dispatch.capacity_factor=1.0,none'
+    python3 eval.py --workdir=runs/quickstart --generate='def main('
+
+Overrides (`--config.router.k=4`) change how the checkpoint is run. Evaluation drops no token unless asked:
+`dispatch.capacity_factor`, given here, is the capacity of this evaluation.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+import jax
+from moe.parallel.host_memory import keep_freed_memory
+
+from moe import cli
+from moe.config import ConfigDict
+from moe.data import tokenizers
+from moe.data.tokenizers import Tokenizer
+from moe.evaluation import matrix, tables
+from moe.evaluation.generate import generate, until
+from moe.evaluation.record import evaluation_record, write_json
+from moe.model.build import model_size
+from moe.parallel import distributed
+from moe.parallel.mesh import batch_shards, fits
+from moe.training import setup
+from moe.training.checkpoint import Checkpointer
+from moe.training.setup import Run
+from moe.training.state import abstract_state, bind
+from moe.training.workdir import read_config
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("workdir", None, "Folder of the run.")
+flags.DEFINE_string("step", "latest", "Checkpoint: latest, best or a number.")
+flags.DEFINE_enum("split", "valid", ["valid", "test"], "Which text.")
+flags.DEFINE_string("matrix", None, "Combinations, as key=value,value;key=value,value.")
+flags.DEFINE_string("generate", None, "A prompt to continue.")
+flags.DEFINE_integer("length", 200, "Tokens to generate.")
+flags.DEFINE_float("temperature", 0.8, "Of generation; 0 takes the most likely token.")
+flags.DEFINE_float("top_p", 0.95, "Of generation: probability of the set that is sampled from.")
+flags.DEFINE_integer("seed", 0, "Of generation.")
+distributed.define_flags()
+
+
+class Checkpoint(NamedTuple):
+    """A restored model and how to run it."""
+
+    run: Run
+    step: int
+    params: Any
+    router: Any
+
+
+def main(argv: list[str]) -> int:
+    """Restores, then evaluates, tabulates combinations or generates."""
+    rest, path, overrides = cli.split_overrides(argv)
+    cli.parse_flags(rest)
+    cli.require_flags(workdir=FLAGS.workdir)
+    if path is not None:
+        raise cli.ConfigError("--config=FILE is not for eval.py: the run's own config is used.")
+    workdir = Path(FLAGS.workdir)
+    saved = read_config(workdir)["config"]
+    combinations = None if FLAGS.matrix is None else matrix.parse(FLAGS.matrix)
+    keep_freed_memory()
+    distributed.start_from_flags()
+    with Checkpointer(workdir / "checkpoints", read_only=True) as checkpointer:
+        step = checkpointer.resolve(_step(FLAGS.step))
+        tokenizer = tokenizers.from_json(checkpointer.load_meta(step)["tokenizer"])
+        run = setup.set_up(config_for(saved, overrides), tokenizer, training=False)
+        with jax.set_mesh(run.mesh):
+            checkpoint = restore(run, checkpointer, step)
+            if FLAGS.generate is not None:
+                print_continuation(checkpoint, FLAGS.generate)
+            elif combinations is not None:
+                print_matrix(checkpoint, workdir, saved, overrides, combinations, tokenizer)
+            else:
+                print_evaluation(checkpoint, workdir, overrides)
+    return 0
+
+
+def _step(text: str) -> int | str:
+    if text.isdigit():
+        return int(text)
+    if text not in ("latest", "best"):
+        raise cli.ConfigError(f"--step={text} is neither latest, best nor a number.")
+    return text
+
+
+def config_for(saved: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> ConfigDict:
+    """The run's config with overrides; a mesh that does not fit these devices gives way to data = -1."""
+    overrides = [pair for key, text in overrides for pair in _capacity(key, text)]
+    config = cli.complete_config(ConfigDict(saved), overrides)
+    asked = any(key.startswith("mesh.") for key, _ in overrides)
+    if not asked and not fits(config.mesh, jax.device_count()):
+        config.mesh.update({"data": -1, "fsdp": 1, "expert": 1, "tensor": 1})
+    if "evaluation.batches" not in dict(overrides):
+        config.evaluation.batches = None  # the limit was for evaluations in the training loop
+    return config
+
+
+def _capacity(key: str, text: str) -> list[tuple[str, str]]:
+    """A capacity asked for here is that of evaluation, and `none` is dropless."""
+    if key != "dispatch.capacity_factor":
+        return [(key, text)]
+    path = "grouped" if text.lower() in ("none", "null") else "capacity"
+    return [("dispatch.eval_capacity_factor", text), ("dispatch.name", path)]
+
+
+def restore(run: Run, checkpointer: Checkpointer, step: int) -> Checkpoint:
+    """Parameters and router state on this run's mesh; the optimiser's state stays on disk."""
+    template = abstract_state(run.spec, run.transformation, run.shardings)
+    wanted = {"params": template.params, "router": template.router}
+    state = checkpointer.restore(step, wanted, partial=True).state
+    return Checkpoint(run, step, state["params"], state["router"])
+
+
+def measure(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The record of an evaluation of `--split`."""
+    run = checkpoint.run
+    evaluation, speed = setup.timed_evaluation(
+        run,
+        setup.compile_eval_step(run, checkpoint.params, checkpoint.router),
+        checkpoint.params,
+        checkpoint.router,
+        FLAGS.split,
+        limit=run.config.evaluation.batches,
+    )
+    return evaluation_record(
+        evaluation,
+        step=checkpoint.step,
+        split=FLAGS.split,
+        domains=run.data.domains,
+        tokenizer=run.data.tokenizer,
+        size=model_size(run.spec, run.config.data.sequence_length),
+        speed=speed,
+    )
+
+
+def print_evaluation(
+    checkpoint: Checkpoint, workdir: Path, overrides: Sequence[tuple[str, str]]
+) -> None:
+    """Prints the table and writes the JSON; with overrides it goes to a folder of its own."""
+    record = measure(checkpoint)
+    name = f"{FLAGS.split}-{checkpoint.step}"
+    path = workdir / "eval" / f"{name}.json"
+    if overrides:
+        record["overrides"] = dict(overrides)
+        slug = ",".join(f"{key}={text}" for key, text in overrides).replace("/", "_")
+        path = workdir / "eval" / "overrides" / f"{name}-{slug}.json"
+    if jax.process_index() == 0:
+        write_json(path, record)
+        print(tables.evaluation_table(record))
+        print(f"written to {path}")
+
+
+def print_matrix(
+    checkpoint: Checkpoint,
+    workdir: Path,
+    saved: dict[str, Any],
+    overrides: Sequence[tuple[str, str]],
+    combinations: list[list[tuple[str, str]]],
+    tokenizer: Tokenizer,
+) -> None:
+    """One row a combination, each the same checkpoint run in another way."""
+    configs = [config_for(saved, [*overrides, *pairs]) for pairs in combinations]
+    rows = []
+    for pairs, config in zip(combinations, configs, strict=True):
+        run = setup.set_up(config, tokenizer, training=False, data=checkpoint.run.data)
+        record = measure(checkpoint._replace(run=run))
+        rows.append({"overrides": dict(pairs), **record})
+    if jax.process_index() == 0:
+        path = workdir / "eval" / "matrix" / f"{FLAGS.split}-{checkpoint.step}.json"
+        write_json(path, rows)
+        print(tables.matrix_table(rows))
+        print(f"written to {path}")
+
+
+def print_continuation(checkpoint: Checkpoint, prompt: str) -> None:
+    """Prints the prompt and what the model makes of it."""
+    run = checkpoint.run
+    tokenizer = run.data.tokenizer
+    ids = [tokenizer.boundary, *tokenizer.encode_batch([prompt])[0].tolist()]
+    new = generate(
+        bind(run.skeleton, checkpoint.params, checkpoint.router),
+        setup.dispatch_for(run, training=False),
+        ids,
+        length=FLAGS.length,
+        temperature=FLAGS.temperature,
+        top_p=FLAGS.top_p,
+        key=jax.random.key(FLAGS.seed),
+        rows=batch_shards(run.mesh),
+    )
+    if jax.process_index() == 0:
+        print(prompt + tokenizer.decode(until(new, tokenizer.boundary)))
+
+
+if __name__ == "__main__":
+    cli.run(main)
