@@ -57,6 +57,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     primary = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         workdir = stack.enter_context(open_workdir(workdir, primary=primary))
+        interruption = stack.enter_context(Interruption())
 
         # ---- mesh, data, shape of the model: every mistake in the config shows here
         run = setup.set_up(config, saved_tokenizer(workdir))
@@ -80,7 +81,6 @@ def train(config: ConfigDict, workdir: Path) -> int:
         recorder.rewind(start)
         progress = Progress(config.steps, start, visible=primary)
         stack.callback(progress.close)
-        interruption = stack.enter_context(Interruption())
 
         # ---- loop
         out = Outputs(workdir, checkpointer, recorder, progress, interruption, primary)
@@ -122,6 +122,7 @@ def loop(run: Run, state: TrainState, start: int, batches: TrainBatches, out: Ou
             values |= clock.lap(config.data.batch_size)
             out.recorder.write(step, "train", values)
             out.progress.update(step, values)
+            out.checkpointer.poll()  # a save that failed is not left for the next one to tell
         found = None
         if step % config.evaluation.every == 0 or last:
             with clock.paused(state):
