@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
     def state(self, num_experts: int) -> State:
         """State as after some training: a bias that is not zero, a table with ids of its own."""
-        return dict(_state(str(self), num_experts))
+        return dict(_state(self, num_experts))
 
     def route(
         self, logits, valid=None, *, state=None, token_ids=None, seed=9, compiled=True
@@ -51,7 +51,7 @@ class Case(NamedTuple):
         B, S, E = logits.shape
         if token_ids is None:
             token_ids = (np.arange(S) * 3 + np.arange(B)[:, None]) % VOCAB
-        route = _compiled(str(self)) if compiled else functools.partial(_route, self)
+        route = _compiled(self) if compiled else functools.partial(_route, self)
         return route(
             jnp.asarray(logits),
             jnp.ones((B, S), bool) if valid is None else jnp.asarray(valid),
@@ -59,6 +59,9 @@ class Case(NamedTuple):
             self.state(E) if state is None else state,
             jnp.asarray(token_ids, jnp.int32) if self.router.needs_token_ids else None,
         )
+
+    def __hash__(self) -> int:
+        return hash(str(self))
 
     def __str__(self) -> str:
         return "-".join([self.name, *(f"{k}={v}" for k, v in self.options.items()), f"k={self.k}"])
@@ -72,13 +75,13 @@ def _route(case, logits, valid, key, state, token_ids) -> Routing:
 
 
 @functools.cache
-def _compiled(name):
-    return jax.jit(functools.partial(_route, next(c for c in CASES if str(c) == name)))
+def _compiled(case):
+    return jax.jit(functools.partial(_route, case))
 
 
 @functools.cache
-def _state(name, num_experts) -> State:
-    case, key = next(c for c in CASES if str(c) == name), jax.random.key(5)
+def _state(case, num_experts) -> State:
+    key = jax.random.key(5)
     options = pick_options(case.router.init_state, case.options)
     counts = np.arange(VOCAB) ** 2
     state = case.router.init_state(num_experts, VOCAB, case.k, key, counts, **options)
