@@ -88,7 +88,7 @@ def default_config() -> ConfigDict:
     ).lock()
 
 
-def dotted_keys(config: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+def dotted_keys(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> Iterable[str]:
     """All keys that hold a value, as `section.key`."""
     for key, value in config.items():
         if isinstance(value, Mapping | ConfigDict):
