@@ -1,11 +1,10 @@
 """The batch: the one structure that goes from the data to the model."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jaxtyping import Array, Bool, Int
-import numpy as np
+from jaxtyping import Bool, Int
 
-AnyArray = Array | np.ndarray
+AnyArray = Any  # numpy on the host, jax.Array on devices, jax.ShapeDtypeStruct before compiling
 
 
 class Batch(NamedTuple):

@@ -23,7 +23,7 @@ class EvalSums(NamedTuple):
 
     rows: RowSums  # each [M]
     totals: metrics.Totals | None  # None for a dense model
-    domain_requested: Float[Array, "L M E"] | None  # choices by domain, before drops
+    domain_requested: Float[Any, "L M E"] | None  # choices by domain, before drops
 
 
 class Sample(NamedTuple):
@@ -113,20 +113,18 @@ def _to_host(sums: EvalSums) -> EvalSums:
 
 
 def _add(a: EvalSums, b: EvalSums) -> EvalSums:
-    rows = RowSums(*(x + y for x, y in zip(a.rows, b.rows, strict=True)))
+    added = jax.tree.map(np.add, a, b)
     if a.totals is None or b.totals is None:
-        return EvalSums(rows, None, None)
-    return EvalSums(
-        rows, metrics.add(a.totals, b.totals), np.add(a.domain_requested, b.domain_requested)
-    )
+        return added
+    return added._replace(totals=metrics.add(a.totals, b.totals))
 
 
 def summarize(sums: EvalSums, domains: tuple[str, ...]) -> Evaluation:
     """Quotients of host sums."""
-    values = quality(RowSums(*(float(np.sum(x)) for x in sums.rows)))
+    values = quality(RowSums(*(np.sum(x) for x in sums.rows)))
     by_domain, load = {}, {}
     for i, name in enumerate(domains):
-        part = RowSums(*(float(x[i]) for x in sums.rows))
+        part = RowSums(*(x[i] for x in sums.rows))
         if part.tokens > 0:
             by_domain[name] = quality(part)
     if sums.totals is not None and sums.domain_requested is not None:

@@ -1,6 +1,6 @@
 """From the config to the shape of the model, and the model's size and cost."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 import numpy as np
@@ -29,7 +29,8 @@ def model_spec(
     Raises:
         ConfigError: the router cannot work with this number of experts.
     """
-    m = config.model.to_dict()
+    m: dict[str, Any] = config.model.to_dict()
+    m["pattern"] = tuple(m["pattern"])
     router = config.router.to_dict()
     if "sparse" in m["pattern"]:
         check_router(num_experts=m["num_experts"], training=training, **router)
@@ -41,7 +42,7 @@ def model_spec(
         ),
         token_counts=None if token_counts is None else tuple(int(c) for c in token_counts),
     )
-    return ModelSpec(vocab_size=vocab_size, router=spec, **{**m, "pattern": tuple(m["pattern"])})
+    return ModelSpec(vocab_size=vocab_size, router=spec, **m)
 
 
 class ModelSize(NamedTuple):

@@ -1,6 +1,6 @@
 """Experts: one stacked array a weight, leading axis `E`, and the function that every dispatch path runs."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -21,8 +21,8 @@ ACTIVATIONS = {
 class ExpertParams(NamedTuple):
     """Weights of `E` experts of hidden width `F`; `P` is 2 for gated units, else 1."""
 
-    wi: Float[Array, "E D P F"]
-    wo: Float[Array, "E F D"]
+    wi: Float[Any, "E D P F"]  # an array, or how it is sharded
+    wo: Float[Any, "E F D"]
 
 
 # How a shard of the exchange sees the weights: its experts, its slice of `F`, all of `D`.

@@ -13,12 +13,12 @@ from moe.training.state import Skeleton, bind
 
 
 class RowSums(NamedTuple):
-    """Sums over the valid tokens of each row."""
+    """Sums over the valid tokens of each row; over all rows or a domain's in what is made of them."""
 
-    nll: Float[Array, " B"]  # negative log-likelihood, nats; differentiable
-    correct: Float[Array, " B"]  # tokens whose most likely prediction is the target
-    tokens: Float[Array, " B"]
-    bytes: Float[Array, " B"]  # UTF-8 bytes that the targets stand for
+    nll: Float[Any, "*B"]  # negative log-likelihood, nats; differentiable
+    correct: Float[Any, "*B"]  # tokens whose most likely prediction is the target
+    tokens: Float[Any, "*B"]
+    bytes: Float[Any, "*B"]  # UTF-8 bytes that the targets stand for
 
 
 def forward_rows(

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import optax
 
+from moe.routing.types import Scalar
+
 NO_DECAY = ("gate",)  # the router's gate: decay would flatten its logits
 
 
@@ -73,9 +75,9 @@ def update(
     *,
     decay: Any,
     fraction: Float[Array, ""],
-    learning_rate: Float[Array, ""],
-    weight_decay: Float[Array, ""],
-    clip_norm: Float[Array, ""],
+    learning_rate: Scalar,
+    weight_decay: Scalar,
+    clip_norm: Scalar,
 ) -> Optimized:
     """One step of AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), clipped by the global norm.
 

@@ -17,7 +17,7 @@ from moe.parallel.rules import parameter_shardings
 class TrainState(NamedTuple):
     """Everything that training changes, beside the data position."""
 
-    step: Int[Array, ""]  # int32: optimiser steps done
+    step: Int[Any, ""]  # int32: optimiser steps done
     params: Any  # pure dict of float32 arrays
     router: Any  # pure dict: biases, tables; no gradient, no decay
     optimizer: optax.OptState

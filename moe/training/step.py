@@ -16,7 +16,7 @@ from moe.model.transformer import ModelSpec
 from moe.parallel.rules import constrain_batch
 from moe.routing import losses, metrics
 from moe.routing.table import ROUTERS
-from moe.routing.types import LayerReport
+from moe.routing.types import LayerReport, Scalar
 from moe.training import optimizer as optimizer_lib
 from moe.training.objective import RowSums, forward_rows
 from moe.training.state import Skeleton, TrainState
@@ -25,15 +25,15 @@ from moe.training.state import Skeleton, TrainState
 class Hyper(NamedTuple):
     """Numbers that a sweep may change without compiling again."""
 
-    learning_rate: Float[Array, ""] | float
-    weight_decay: Float[Array, ""] | float
-    clip_norm: Float[Array, ""] | float
-    balance: Float[Array, ""] | float
-    sequence_balance: Float[Array, ""] | float
-    z: Float[Array, ""] | float
-    jitter: Float[Array, ""] | float
-    dropout: Float[Array, ""] | float
-    update_options: dict[str, Float[Array, ""] | float]  # of the router's state update
+    learning_rate: Scalar
+    weight_decay: Scalar
+    clip_norm: Scalar
+    balance: Scalar
+    sequence_balance: Scalar
+    z: Scalar
+    jitter: Scalar
+    dropout: Scalar
+    update_options: dict[str, Scalar]  # of the router's state update
 
 
 class StepMetrics(NamedTuple):
@@ -213,10 +213,11 @@ def routing_terms(report: LayerReport, scope: str, scale: Scale) -> dict[str, Fl
 def weigh(terms: dict[str, Float[Array, ""]], hyper: Hyper) -> Float[Array, ""]:
     """Total loss: cross-entropy plus every routing term times its weight."""
     weights = hyper._asdict()
-    return sum(
-        (value if name == "cross_entropy" else weights[name] * value)
-        for name, value in terms.items()
-    )
+    total = terms["cross_entropy"]
+    for name, value in terms.items():
+        if name != "cross_entropy":
+            total = total + weights[name] * value
+    return total
 
 
 def add_aux(a: Aux, b: Aux) -> Aux:

@@ -1,6 +1,6 @@
 """How fast the run could be: peak rates of devices, and memory."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 import contextlib
 import resource
 import sys
@@ -76,7 +76,7 @@ class Clock:
         self._since = time.perf_counter()
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(self) -> Generator[None]:
         """Around the reading of one step's batch."""
         started = time.perf_counter()
         yield
@@ -84,7 +84,7 @@ class Clock:
         self._wait += time.perf_counter() - started
 
     @contextlib.contextmanager
-    def paused(self, state: PyTree) -> Iterator[None]:
+    def paused(self, state: PyTree) -> Generator[None]:
         """Around an evaluation or a save; waits for the steps that lead to `state` first."""
         jax.block_until_ready(state)
         started = time.perf_counter()
