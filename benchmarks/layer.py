@@ -74,17 +74,23 @@ def expert(params: Experts, rows: jax.Array, matmul: Matmul) -> jax.Array:
 
 def sparse_layer(params: Sparse, x: jax.Array, K: int, skew: float) -> jax.Array:
     """Top-k softmax routing without renormalising, dropless."""
-    logits = (x @ params.router).at[..., 0].add(skew)
+    B, S, D = x.shape
+    logits = (x.reshape(B * S, D) @ params.router).reshape(B, S, -1).at[..., 0].add(skew)
     gate, index = jax.lax.top_k(jax.nn.softmax(logits), K)
     choices = Choices(index, gate, jnp.ones(gate.shape, bool))
     return grouped(x, choices, params.experts, expert).output
 
 
 def dense_layer(params: Dense, x: jax.Array) -> jax.Array:
-    """One SwiGLU MLP as wide as a token's experts together."""
+    """One SwiGLU MLP as wide as a token's experts together.
+
+    Over flat tokens `[T D]`: XLA:CPU is 1.5 times slower at the gradients of `[B S D] @ [D F]`, and
+    the twin shall be as fast as it can be.
+    """
     D, G, F = params.wi.shape
-    gate, up = jnp.split(x @ params.wi.reshape(D, G * F), 2, axis=-1)
-    return (jax.nn.silu(gate) * up) @ params.wo
+    tokens = x.reshape(-1, D)
+    gate, up = jnp.split(tokens @ params.wi.reshape(D, G * F), 2, axis=-1)
+    return ((jax.nn.silu(gate) * up) @ params.wo).reshape(x.shape)
 
 
 def with_backward(layer: Callable) -> Callable:

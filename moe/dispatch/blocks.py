@@ -14,6 +14,8 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe.dispatch.edges import vary_together
+
 STEPS = 8  # rungs of the ladder: a tail wastes less than a rung
 SMALLEST, LARGEST = 64, 1024  # bounds of a full window, rows
 
@@ -120,7 +122,7 @@ def rows_product(
         mixed = jnp.where(mine, new[sure:], old)
         return lax.dynamic_update_slice_in_dim(out, mixed, first + sure, 0)
 
-    out = jnp.zeros((n, weights.shape[2 - side]), rows.dtype)
+    (out, _) = vary_together(jnp.zeros((n, weights.shape[2 - side]), rows.dtype), rows)
     return for_each_window(sizes, n, out, full, tail)
 
 
@@ -151,7 +153,8 @@ def weights_product(
         left = jnp.where(mine, lax.dynamic_slice_in_dim(rows, first, length), 0)
         return lax.dynamic_update_index_in_dim(total, product(left, first, length), group, 0)
 
-    total = lax.empty((E, rows.shape[1], cotangent.shape[1]), jnp.float32)
+    shape = (E, rows.shape[1], cotangent.shape[1])
+    (total, _) = vary_together(lax.empty(shape, jnp.float32), rows)
     return for_each_window(sizes, n, total, full, tail).astype(rows.dtype)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe.dispatch.blocks import blocks_matmul
+from moe.dispatch.edges import vary_together
 from moe.errors import ConfigError
 
 Backend = Callable[[Array, Array, Array], Array]
@@ -43,6 +44,7 @@ def grouped_matmul(
             f"dispatch.backend={backend!r} is not a grouped matrix product; use one of "
             f"{', '.join(sorted(BACKENDS))}, or leave it out to choose by platform."
         )
+    rows, weights, sizes = vary_together(rows, weights, sizes)
     inside = (jnp.arange(rows.shape[0]) < sizes.sum())[:, None]
     # Masked on both sides: a zero times a NaN is a NaN, so the rows must be gone before the product,
     # and the mask after it also stops the cotangents of these rows.

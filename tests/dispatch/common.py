@@ -37,3 +37,17 @@ def make_choices(
     valid = jnp.broadcast_to(jnp.arange(S)[None, :, None] < S * (1 - padding), (B, S, K))
     valid &= jax.random.uniform(k2, (B, S, K)) < 0.9
     return Choices(expert, jnp.where(valid, gate, 0), valid)
+
+
+def run(path, x, choices, experts, *, compiled=None):
+    """`(compiled, results)`: output, drops and all gradients of a random projection of the output."""
+    probe = jax.random.normal(jax.random.key(9), x.shape)
+
+    def loss(x, choices, gate, experts):
+        out = path(x, choices._replace(gate=gate), experts, swiglu)
+        return (out.output.astype(jnp.float32) * probe).sum(), out
+
+    compiled = compiled or jax.jit(jax.grad(loss, argnums=(0, 2, 3), has_aux=True))
+    grads, out = compiled(x, choices, choices.gate, experts)
+    results = {"output": out.output, "kept": out.kept, "x": grads[0], "gate": grads[1]}
+    return compiled, results | {"wi": grads[2].wi, "wo": grads[2].wo}

@@ -1,0 +1,107 @@
+"""The dispatch paths by name, on one device or across a mesh."""
+
+import functools
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float
+
+from moe.axes import BATCH_AXES, EXPERT, TENSOR
+from moe.dispatch.capacity import capacity
+from moe.dispatch.exchange import capacity_exchange, grouped_exchange
+from moe.dispatch.grouped import grouped
+from moe.dispatch.reference import reference
+from moe.dispatch.types import Dispatch, Dispatched, ExpertFn
+from moe.errors import ConfigError
+from moe.routing.types import Choices
+
+DISPATCH = ("grouped", "capacity", "reference")
+
+
+def make_dispatch(
+    name: str,
+    mesh: Mesh | None,
+    *,
+    param_specs: Any = None,
+    capacity_factor: float | None = None,
+    priority: str = "token_major",
+    backend: str | None = None,
+) -> Dispatch:
+    """The path `name` as one function `(x, choices, params, expert_fn) -> Dispatched`.
+
+    With one device it runs where it is; with more it runs in one `shard_map`: tokens over
+    `BATCH_AXES`, experts by `param_specs`, and an exchange over the expert axis.
+
+    Args:
+      name: `grouped` (dropless), `capacity`, or `reference` (the oracle; left to the partitioner).
+      mesh: with the axes of `moe.axes`; None is one device.
+      param_specs: partition specs like the experts' parameters; `EXPERT` first, and axes sharded over
+        `TENSOR` such that each shard's output is a partial sum. None: only `E` is sharded.
+      capacity_factor: of `capacity`; None drops nothing.
+      priority: of `capacity`.
+      backend: of `grouped`, see `grouped_matmul`.
+
+    Raises:
+      ConfigError: no path has that name.
+    """
+    if name not in DISPATCH:
+        raise ConfigError(
+            f"dispatch.name={name!r} is no way to dispatch; use one of {', '.join(DISPATCH)}."
+        )
+    if name == "reference":
+        return reference
+    alone = mesh is None or mesh.size == 1
+    if name == "grouped":
+        path = functools.partial(grouped if alone else grouped_exchange, backend=backend)
+    else:
+        path = functools.partial(
+            capacity if alone else capacity_exchange,
+            capacity_factor=capacity_factor,
+            priority=priority,
+        )
+    return path if mesh is None or alone else across(path, mesh, param_specs)
+
+
+def across(path: Dispatch, mesh: Mesh, param_specs: Any) -> Dispatch:
+    """Runs `path` on every shard of the mesh. Sums over `TENSOR` last, where rows are fewest."""
+    tokens = PartitionSpec(BATCH_AXES, None, None)
+
+    def dispatch(
+        x: Float[Array, "B S D"], choices: Choices, params: Any, expert_fn: ExpertFn
+    ) -> Dispatched:
+        specs = param_specs
+        if specs is None:
+            specs = jax.tree.map(lambda _: PartitionSpec(EXPERT), params)
+
+        def shard(x: Array, choices: Choices, params: Any) -> Dispatched:
+            output, kept = path(x, choices, params, expert_fn)
+            if TENSOR in jax.typeof(output).mat.varying:
+                output = jax.lax.psum(output, TENSOR)
+            return Dispatched(output, kept)
+
+        return jax.shard_map(
+            shard,
+            mesh=mesh,
+            in_specs=(tokens, Choices(tokens, tokens, tokens), specs),
+            out_specs=Dispatched(tokens, tokens),
+        )(x, choices, params)
+
+    return dispatch
+
+
+def check(num_experts: int, expert_axis: int) -> None:
+    """Refuses experts that cannot be spread evenly.
+
+    Raises:
+      ConfigError: `num_experts` is not divisible by the size of the expert axis.
+    """
+    if num_experts % expert_axis:
+        below = num_experts - num_experts % expert_axis
+        above = below + expert_axis
+        fix = f"{below} or {above}" if below else f"{above}"
+        raise ConfigError(
+            f"model.num_experts={num_experts} is not divisible by mesh.expert={expert_axis}: every "
+            f"shard of the expert axis holds the same number of experts. Use {fix} experts, or an "
+            f"expert axis that divides {num_experts}."
+        )
