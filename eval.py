@@ -32,17 +32,23 @@ from moe.training.setup import Run
 from moe.training.state import abstract_state, bind
 from moe.training.workdir import read_config
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "Folder of the run.")
-flags.DEFINE_string("step", "latest", "Checkpoint: latest, best or a number.")
-flags.DEFINE_enum("split", "valid", ["valid", "test"], "Which text.")
-flags.DEFINE_string("matrix", None, "Combinations, as key=value,value;key=value,value.")
-flags.DEFINE_string("generate", None, "A prompt to continue.")
-flags.DEFINE_integer("length", 200, "Tokens to generate.")
-flags.DEFINE_float("temperature", 0.8, "Of generation; 0 takes the most likely token.")
-flags.DEFINE_float("top_p", 0.95, "Of generation: probability of the set that is sampled from.")
-flags.DEFINE_integer("seed", 0, "Of generation.")
-distributed.define_flags()
+FLAGS = flags.FlagValues()  # of this program: another one may import it
+flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=FLAGS)
+flags.DEFINE_string("step", "latest", "Checkpoint: latest, best or a number.", flag_values=FLAGS)
+flags.DEFINE_enum("split", "valid", ["valid", "test"], "Which text.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "matrix", None, "Combinations, as key=value,value;key=value,value.", flag_values=FLAGS
+)
+flags.DEFINE_string("generate", None, "A prompt to continue.", flag_values=FLAGS)
+flags.DEFINE_integer("length", 200, "Tokens to generate.", flag_values=FLAGS)
+flags.DEFINE_float(
+    "temperature", 0.8, "Of generation; 0 takes the most likely token.", flag_values=FLAGS
+)
+flags.DEFINE_float(
+    "top_p", 0.95, "Of generation: probability of the set that is sampled from.", flag_values=FLAGS
+)
+flags.DEFINE_integer("seed", 0, "Of generation.", flag_values=FLAGS)
+distributed.define_flags(FLAGS)
 
 
 class Checkpoint(NamedTuple):
@@ -57,7 +63,7 @@ class Checkpoint(NamedTuple):
 def main(argv: list[str]) -> int:
     """Restores, then evaluates, tabulates combinations or generates."""
     rest, path, overrides = cli.split_overrides(argv)
-    cli.parse_flags(rest)
+    cli.parse_flags(rest, FLAGS)
     cli.require_flags(workdir=FLAGS.workdir)
     if path is not None:
         raise cli.ConfigError("--config=FILE is not for eval.py: the run's own config is used.")
@@ -65,7 +71,7 @@ def main(argv: list[str]) -> int:
     saved = read_config(workdir)["config"]
     combinations = None if FLAGS.matrix is None else matrix.parse(FLAGS.matrix)
     keep_freed_memory()
-    distributed.start_from_flags()
+    distributed.start_from_flags(FLAGS)
     with Checkpointer(workdir / "checkpoints", read_only=True) as checkpointer:
         step = checkpointer.resolve(_step(FLAGS.step))
         tokenizer = tokenizers.from_json(checkpointer.load_meta(step)["tokenizer"])

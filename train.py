@@ -36,19 +36,21 @@ from moe.training.state import TrainState, abstract_state, initialize
 from moe.training.step import StepMetrics
 from moe.training.workdir import open_workdir, package_versions, write_config
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "Folder of the run; made if its parent exists.")
-distributed.define_flags()
+FLAGS = flags.FlagValues()  # of this program: another one may import it
+flags.DEFINE_string(
+    "workdir", None, "Folder of the run; made if its parent exists.", flag_values=FLAGS
+)
+distributed.define_flags(FLAGS)
 
 
 def main(argv: list[str]) -> int:
     """Reads the command line; everything else is `train`."""
     rest, path, overrides = cli.split_overrides(argv)
-    cli.parse_flags(rest)
+    cli.parse_flags(rest, FLAGS)
     cli.require_flags(config=path, workdir=FLAGS.workdir)
     config = cli.load_config(str(path), overrides)
     keep_freed_memory()
-    distributed.start_from_flags()
+    distributed.start_from_flags(FLAGS)
     return train(config, Path(FLAGS.workdir))
 
 

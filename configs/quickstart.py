@@ -8,6 +8,7 @@ another router with that router's defaults. Both change nothing else.
 """
 
 from moe.config import ConfigDict, default_config
+from moe.errors import ConfigError
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -25,4 +26,7 @@ def _apply(config: ConfigDict, part: str) -> None:
     elif name == "router":
         config.router.name = value
     else:
-        raise ValueError(f"argument {part!r} of the config is neither 'dense' nor 'router=NAME'.")
+        raise ConfigError(
+            f"argument {part!r} of configs/quickstart.py is neither 'dense' nor 'router=NAME': write for "
+            "example --config=configs/quickstart.py:dense."
+        )

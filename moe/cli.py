@@ -13,9 +13,6 @@ from moe.config import ConfigDict
 from moe.errors import ConfigError, UserError
 from moe.routing import table as routers
 
-# Keys of the router section that every router has; the rest are the options of its function.
-ROUTER_KEYS = ("name", "k", "jitter")
-
 
 def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
     """The config of a file with the overrides of the command line, every key filled in and checked.
@@ -72,13 +69,16 @@ def _switch_router(config: ConfigDict, name: str) -> None:
 def _fill_router(config: ConfigDict) -> None:
     options = routers.router_options(config.router.name)
     given = config.router.to_dict()
+    known = {"name": "", "k": 1, "jitter": 0.0, **options}
     for key in given:
-        if key not in ROUTER_KEYS and key not in options:
+        if key in known:
+            config_lib.check_type(f"router.{key}", given[key], known[key])
+        else:
             raise ConfigError(
                 f"router.{key}={given[key]!r}: router {config.router.name!r} has no such option; "
-                f"{config_lib.nearest(key, [*ROUTER_KEYS, *options])}."
+                f"{config_lib.nearest(key, known)}."
             )
-    config_lib.replace_section(config, "router", {"jitter": 0.0, "k": 1, **options, **given})
+    config_lib.replace_section(config, "router", {**known, **given})
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], str | None, list[tuple[str, str]]]:
@@ -98,10 +98,15 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], str | None, list[tu
     return rest, path, overrides
 
 
-def parse_flags(argv: Sequence[str]) -> None:
-    """Parses absl flags; a mistake is a ConfigError."""
+def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
+    """Parses absl flags; a mistake is a ConfigError. `--help` prints them and ends the program."""
+    if {"-h", "-help", "--help"} & set(argv):
+        print(sys.modules["__main__"].__doc__ or "")  # noqa: T201
+        print("--config.KEY=VALUE changes one key of the config.\n")  # noqa: T201
+        print(values.get_help(include_special_flags=False).strip())  # noqa: T201
+        raise SystemExit(0)
     try:
-        left = flags.FLAGS(list(argv))
+        left = values(list(argv))
     except flags.Error as error:
         raise ConfigError(f"{error}.") from error
     if len(left) > 1:

@@ -133,8 +133,8 @@ def apply_override(config: ConfigDict, key: str, text: str) -> None:
 
 
 def _parse(key: str, text: str, old: Any) -> Any:
-    if isinstance(old, str):
-        return None if text.lower() in ("none", "null") else text
+    if isinstance(old, str) and not (key in OPTIONAL and text.lower() in ("none", "null")):
+        return text
     special = {"none": None, "null": None, "true": True, "false": False}
     try:
         value = special[text.lower()] if text.lower() in special else ast.literal_eval(text)
@@ -144,12 +144,50 @@ def _parse(key: str, text: str, old: Any) -> Any:
         value = tuple(value.split(",")) if isinstance(value, str) else tuple(value)
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if old is not None and value is not None and type(value) is not type(old):
-        raise ConfigError(
-            f"config key {key!r} is of type {type(old).__name__} (now {old!r}); {text!r} is of type "
-            f"{type(value).__name__}. Give a {type(old).__name__}."
-        )
+    if key in OPTIONAL and float in OPTIONAL[key] and type(value) is int:
+        value = float(value)
+    check_type(key, value, old)
     return value
+
+
+# Keys that may be None, with the types of what else they hold.
+OPTIONAL: dict[str, tuple[type, ...]] = {
+    "model.logit_softcap": (float,),
+    "dispatch.capacity_factor": (float,),
+    "dispatch.eval_capacity_factor": (float,),
+    "data.vocab_size": (int,),
+    "data.weights": (dict,),
+    "data.files": (str, dict),
+    "data.directory": (str,),
+    "evaluation.batches": (int,),
+}
+
+
+def check_type(key: str, value: Any, old: Any) -> None:
+    """Checks that `value` may stand where `old` stands.
+
+    Args:
+        key: dotted; those of `OPTIONAL` have types of their own.
+        value: the new one. A whole number may stand for a float.
+        old: the default; if it is None and the key is not of `OPTIONAL`, anything goes.
+
+    Raises:
+        ConfigError: a value of another type.
+    """
+    if key in OPTIONAL:
+        valid: tuple[type, ...] = (*OPTIONAL[key], type(None))
+    elif old is None:
+        return
+    else:
+        valid = (type(old),)
+    kind = dict if isinstance(value, ConfigDict) else type(value)
+    if kind in valid or (kind is int and float in valid):
+        return
+    names = " or ".join("None" if one is type(None) else one.__name__ for one in valid)
+    raise ConfigError(
+        f"config key {key!r} holds {names}; {value!r} is of type {kind.__name__}. "
+        f"Give a value of type {names}."
+    )
 
 
 def check_known_keys(config: ConfigDict, schema: ConfigDict, free: tuple[str, ...]) -> None:
@@ -158,20 +196,15 @@ def check_known_keys(config: ConfigDict, schema: ConfigDict, free: tuple[str, ..
     Args:
         config: what a config file returned.
         schema: `default_config()`.
-        free: dotted prefixes whose keys are checked elsewhere (options of a router, text domains).
+        free: sections whose keys are checked elsewhere (options of a router, text domains).
     """
     known = dict(_flat(schema))
     for key, value in _flat(config):
-        if any(key == f or key.startswith(f + ".") for f in free):
+        if any(key.startswith(f + ".") for f in free):
             continue
         if key not in known:
             raise ConfigError(f"unknown config key {key!r}; {nearest(key, known)}.")
-        old = known[key]
-        if old is not None and value is not None and not _same_kind(value, old):
-            raise ConfigError(
-                f"config key {key!r} is of type {type(old).__name__}; {value!r} is of type "
-                f"{type(value).__name__}. Give a {type(old).__name__}."
-            )
+        check_type(key, value, known[key])
 
 
 def _flat(config: ConfigDict, prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -180,12 +213,6 @@ def _flat(config: ConfigDict, prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
-
-
-def _same_kind(value: Any, old: Any) -> bool:
-    if isinstance(old, float):
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value) is type(old)
 
 
 def require(condition: bool, message: str) -> None:
@@ -216,9 +243,6 @@ def check_numbers(config: ConfigDict) -> None:
         "serves the same number of query heads. Choose kv_heads among the divisors of heads.",
     )
     require(m.head_dim % 2 == 0, f"model.head_dim={m.head_dim} must be even for rotary positions.")
-    require(
-        0.0 <= m.dropout < 1.0, f"model.dropout={m.dropout} must be at least 0 and less than 1."
-    )
     accumulation = config.optimizer.accumulation
     require(
         data.batch_size % accumulation == 0,
@@ -233,10 +257,15 @@ POSITIVE = (
     "optimizer.accumulation checkpoint.every checkpoint.keep_latest evaluation.every "
     "model.rope_base model.norm_eps optimizer.clip_norm optimizer.eps"
 ).split()
+POSITIVE_OR_NONE = (
+    "model.logit_softcap dispatch.capacity_factor dispatch.eval_capacity_factor evaluation.batches"
+).split()
+BELOW_ONE = "model.dropout optimizer.b1 optimizer.b2".split()
 NOT_NEGATIVE = (
     "seed model.shared_experts model.first_dense losses.balance losses.sequence_balance losses.z router.jitter "
     "optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay checkpoint.keep_best "
     "optimizer.final_fraction optimizer.decay_fraction"
+    " model.dropout optimizer.b1 optimizer.b2"
 ).split()
 ONE_OF = {
     "model.activation": ("swiglu", "gelu"),
@@ -244,6 +273,8 @@ ONE_OF = {
     "model.remat": ("none", "full", "dots"),
     "model.dtype": ("float32", "bfloat16"),
     "losses.balance_scope": ("sequence", "microbatch", "global"),
+    "dispatch.name": ("grouped", "capacity", "reference"),
+    "dispatch.priority": ("token_major", "choice_major"),
     "data.tokenizer": ("bytes", "bpe"),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
 }
@@ -258,10 +289,16 @@ def _get(config: ConfigDict, key: str) -> Any:
 def _check_positive(config: ConfigDict) -> None:
     for key in POSITIVE:
         value = _get(config, key)
-        require(value is not None and value > 0, f"{key}={value} must be greater than 0.")
+        require(value > 0, f"{key}={value} must be greater than 0.")
+    for key in POSITIVE_OR_NONE:
+        value = _get(config, key)
+        require(value is None or value > 0, f"{key}={value} must be greater than 0, or None.")
+    for key in BELOW_ONE:
+        value = _get(config, key)
+        require(value < 1, f"{key}={value} must be less than 1.")
     for key in NOT_NEGATIVE:
         value = _get(config, key)
-        require(value is not None and value >= 0, f"{key}={value} must not be negative.")
+        require(value >= 0, f"{key}={value} must not be negative.")
 
 
 def _check_names(config: ConfigDict) -> None:

@@ -8,26 +8,37 @@ import jax
 from moe.errors import ConfigError
 
 
-def define_flags() -> None:
+def define_flags(values: flags.FlagValues) -> None:
     """The flags that every entry point shares."""
-    flags.DEFINE_integer("cpu_devices", None, "Virtual CPU devices of this process.")
+
+    def integer(name: str, text: str) -> None:
+        flags.DEFINE_integer(name, None, text, flag_values=values)
+
+    integer("cpu_devices", "Virtual CPU devices of this process.")
     flags.DEFINE_string(
-        "coordinator_address", None, "host:port of process 0, of several processes."
+        "coordinator_address",
+        None,
+        "host:port of process 0, of several processes.",
+        flag_values=values,
     )
-    flags.DEFINE_integer("num_processes", None, "Processes of the run.")
-    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
-    flags.DEFINE_bool("detect_cluster", False, "Take these three from Slurm, MPI or the TPU pod.")
+    integer("num_processes", "Processes of the run.")
+    integer("process_id", "Number of this process, from 0.")
+    flags.DEFINE_bool(
+        "detect_cluster",
+        False,
+        "Take these three from Slurm, MPI or the TPU pod.",
+        flag_values=values,
+    )
 
 
-def start_from_flags() -> None:
+def start_from_flags(values: flags.FlagValues) -> None:
     """`start` with the values of the flags."""
-    args = flags.FLAGS
     start(
-        cpu_devices=args.cpu_devices,
-        coordinator_address=args.coordinator_address,
-        num_processes=args.num_processes,
-        process_id=args.process_id,
-        detect_cluster=args.detect_cluster,
+        cpu_devices=values.cpu_devices,
+        coordinator_address=values.coordinator_address,
+        num_processes=values.num_processes,
+        process_id=values.process_id,
+        detect_cluster=values.detect_cluster,
     )
 
 
