@@ -14,11 +14,9 @@ from moe.dispatch.types import Dispatch
 from moe.model.experts import MLP, Experts, feed_forward
 from moe.routing.gates import LinearGate
 from moe.routing.report import layer_report
+from moe.routing.selection import ROUTING_NAME
 from moe.routing.table import ROUTERS, pick_options
 from moe.routing.types import LayerReport, Routing
-
-# Values under this name are saved by every remat policy: a recomputation must not flip a choice.
-ROUTING_NAME = "routing"
 
 
 class RouterState(nnx.Variable):

@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from moe.model.attention import Attention, KeyValues, RMSNorm
 from moe.model.experts import MLP, fan_in_init
-from moe.model.layer import ROUTING_NAME, Call, RouterSpec, SparseMLP
+from moe.model.layer import Call, RouterSpec, SparseMLP
 from moe.parallel.rules import constrain_batch
+from moe.routing.selection import ROUTING_NAME
 from moe.routing.types import LayerReport
 
 # name -> policy of what the backward pass keeps; the routing decision is always kept.

@@ -1,10 +1,15 @@
 """The two steps every token-choice router ends with: pick the K best, and collect their gates."""
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe.routing.types import Choices
+
+# What bears this name is kept for the backward pass by every remat policy: a recomputation whose
+# rounding differs must not differentiate another choice than the one that was made.
+ROUTING_NAME = "routing"
 
 
 def select(scores: Float[Array, "B S E"], k: int) -> Int[Array, "B S K"]:
@@ -13,7 +18,8 @@ def select(scores: Float[Array, "B S E"], k: int) -> Int[Array, "B S K"]:
     Selection is a decision, not a function to differentiate: gradients reach the gate through
     the gates alone.
     """
-    return jax.lax.top_k(jax.lax.stop_gradient(scores), k)[1]
+    best = jax.lax.top_k(jax.lax.stop_gradient(scores), k)[1]
+    return checkpoint_name(best, ROUTING_NAME)
 
 
 def gather(scores: Float[Array, "B S E"], expert: Int[Array, "B S K"]) -> Float[Array, "B S K"]:

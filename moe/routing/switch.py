@@ -5,11 +5,10 @@ weight 1e-2, which is the loss's.
 """
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moe.errors import ConfigError
-from moe.routing.selection import choices
+from moe.routing.selection import choices, gather, select
 from moe.routing.types import Routing, State
 
 
@@ -40,9 +39,8 @@ def route(
     """
     del k, key, state, token_ids
     probs = jax.nn.softmax(logits)
-    expert = jnp.argmax(logits, axis=-1)[..., None]
-    gate = jnp.max(probs, axis=-1, keepdims=True)
-    return Routing(logits, probs, choices(expert, gate, valid))
+    expert = select(logits, 1)
+    return Routing(logits, probs, choices(expert, gather(probs, expert), valid))
 
 
 def check(num_experts: int, *, k: int) -> None:
