@@ -1,0 +1,290 @@
+"""The Optuna study of a sweep: filled with its points once, then claimed point by point.
+
+The study holds exactly one trial a point, made when the sweep starts and never made again. A worker
+claims a trial and holds a lock on its directory, which the kernel takes back when the worker and
+the training process it started have both died, however they died. A running trial whose lock is free
+is claimed again: the same trial, the same point, the same directory, so that training goes on from its
+checkpoints.
+
+Optuna's own heartbeat does not do this: it is for `Study.optimize`, and it makes a new trial, with
+another number, for each that went stale.
+"""
+
+from collections.abc import Generator
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+import socket
+import time
+from typing import Any, NamedTuple
+import uuid
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.trial import FrozenTrial, Trial, TrialState
+import sqlalchemy.exc
+
+from moe.errors import ConfigError
+from moe.sweep.space import Sweep, fixed_points
+
+HEARTBEAT_SECONDS = 30.0
+# A worker of another workdir or machine, whose locks cannot be seen, is dead after so long a silence.
+SILENCE_SECONDS = 300.0
+
+POINT = "point"  # user attribute: which point of the sweep a trial is
+OWNER = "owner"  # user attribute: workdir and machine of the worker
+HEARTBEAT = "heartbeat"  # user attribute: changes while the worker lives
+ERROR = "error"  # user attribute: why a trial failed
+SEEDS = "seeds"  # user attribute: seed -> {"value": float, "curve": [[step, value], ...]}
+
+
+class Claim(NamedTuple):
+    """A trial that this process alone works on, until `lock` is closed."""
+
+    trial: Trial
+    directory: Path
+    lock: int
+
+
+def open_study(sweep: Sweep, storage: str) -> optuna.Study:
+    """Makes or loads the study and sees to it that every point has its trial.
+
+    Raises:
+        ConfigError: a storage that cannot be opened, or one that holds another sweep of this name.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        study = optuna.create_study(
+            study_name=sweep.name,
+            storage=_storage(storage),
+            pruner=_pruner(sweep),
+            direction=optuna.study.StudyDirection[sweep.direction.upper()],
+            load_if_exists=True,
+        )
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError) as error:
+        raise ConfigError(
+            f"--storage={_without_password(storage)}: Optuna cannot open it "
+            f"({type(error).__name__}). Give a database address such as sqlite:///sweep.db or "
+            "postgresql://user@host/name, with its driver installed."
+        ) from error
+    _check_same(study, sweep)
+    _enqueue_missing(study, sweep)
+    return study
+
+
+def point_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """One trial a point, in the order of the points.
+
+    Two machines that start one sweep at the same moment may both enqueue a point: the first counts.
+    """
+    first: dict[int, FrozenTrial] = {}
+    for trial in study.get_trials(deepcopy=False):
+        if POINT in trial.user_attrs:
+            first.setdefault(trial.user_attrs[POINT], trial)
+    return [first[point] for point in sorted(first)]
+
+
+def unfinished(study: optuna.Study) -> int:
+    """How many points have no result yet."""
+    return sum(not trial.state.is_finished() for trial in point_trials(study))
+
+
+class Claims:
+    """Hands out trials to one worker.
+
+    Args:
+        study: from `open_study`.
+        workdir: of the sweep; holds `trials/<number>/`.
+        local: whether only workers of this workdir use the storage.
+    """
+
+    def __init__(self, study: optuna.Study, workdir: Path, *, local: bool):
+        self._study = study
+        self._local = local
+        self._trials = workdir / "trials"
+        self._trials.mkdir(parents=True, exist_ok=True)
+        self._owner = f"{socket.gethostname()}:{_identity(self._trials)}"
+        self._seen: dict[int, tuple[Any, float]] = {}
+
+    def next(self) -> Claim | None:
+        """An abandoned trial if there is one, else a waiting one; None if there is none now."""
+        with _held(self._trials / ".claims"):
+            return self._abandoned() or self._waiting()
+
+    def _abandoned(self) -> Claim | None:
+        for frozen in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if POINT not in frozen.user_attrs or not self._is_silent(frozen):
+                continue
+            lock = self._lock(frozen.number)
+            if lock is None:
+                continue
+            # Its worker may have finished it between the look and the lock.
+            if self._study.get_trials(deepcopy=False)[frozen.number].state.is_finished():
+                os.close(lock)
+                continue
+            # Optuna has no public way to go on with a trial: `ask` makes its trials like this.
+            return self._claim(Trial(self._study, frozen._trial_id), lock)
+        return None
+
+    def _waiting(self) -> Claim | None:
+        while self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            trial = self._study.ask()
+            firsts = {frozen.number for frozen in point_trials(self._study)}
+            lock = self._lock(trial.number) if trial.number in firsts else None
+            if lock is not None:
+                return self._claim(trial, lock)
+            if trial.number not in firsts:
+                # Another machine took the last waiting trial first, or enqueued the point too.
+                self._study.tell(trial, state=TrialState.FAIL)
+        return None
+
+    def _claim(self, trial: Trial, lock: int) -> Claim:
+        trial.set_user_attr(OWNER, self._owner)
+        beat(trial)
+        return Claim(trial, self._directory(trial.number), lock)
+
+    def _is_silent(self, trial: FrozenTrial) -> bool:
+        """Whether a running trial may be dead: its lock decides here, its heartbeat elsewhere.
+
+        The silence is measured with this machine's clock alone.
+        """
+        owner = trial.user_attrs.get(OWNER)
+        if owner == self._owner:
+            return True
+        if owner is None and self._local:
+            return True  # died between `ask` and the owner's name; claims are one at a time here
+        now, sign = time.monotonic(), trial.user_attrs.get(HEARTBEAT)
+        last, since = self._seen.get(trial.number, (None, now))
+        if trial.number not in self._seen or last != sign:
+            self._seen[trial.number] = sign, now
+            return False
+        return now - since > SILENCE_SECONDS
+
+    def _directory(self, number: int) -> Path:
+        directory = self._trials / str(number)
+        directory.mkdir(exist_ok=True)
+        return directory
+
+    def _lock(self, number: int) -> int | None:
+        descriptor = os.open(self._directory(number) / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        return descriptor
+
+
+def beat(trial: Trial) -> None:
+    """Tells other machines that this trial's worker lives."""
+    trial.set_user_attr(HEARTBEAT, time.time())
+
+
+def default_storage(workdir: Path) -> str:
+    """The SQLite file in the workdir."""
+    return f"sqlite:///{workdir.absolute() / 'study.db'}"
+
+
+def suggest(trial: Trial, sweep: Sweep) -> dict[str, Any]:
+    """The trial's point; TPE chooses it here from the results so far.
+
+    Seeded by the trial's number, so that a sweep that was killed does not draw its first points again.
+    """
+    if sweep.sampler == "tpe":
+        seed = sweep.sampler_seed + trial.number
+        trial.study.sampler = optuna.samplers.TPESampler(seed=seed)
+    return {key: _suggest(trial, key, d) for key, d in sweep.space.items()}
+
+
+def _suggest(trial: Trial, key: str, distribution: BaseDistribution) -> Any:
+    match distribution:
+        case CategoricalDistribution(choices=choices):
+            return trial.suggest_categorical(key, choices)
+        case IntDistribution(low=low, high=high, step=step, log=log):
+            return trial.suggest_int(key, low, high, step=step, log=log)
+        case FloatDistribution(low=low, high=high, step=step, log=log):
+            return trial.suggest_float(key, low, high, step=step, log=log)
+    raise TypeError(f"{key}: no way to suggest from {distribution!r}")
+
+
+def load_study(sweep: Sweep, storage: str) -> optuna.Study:
+    """The study that `open_study` made, for a worker."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.load_study(
+        study_name=sweep.name, storage=_storage(storage), pruner=_pruner(sweep)
+    )
+
+
+def _storage(url: str) -> optuna.storages.RDBStorage:
+    # Workers write one at a time to SQLite: a busy file is waited for, not an error.
+    wait = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    return optuna.storages.RDBStorage(url, engine_kwargs=wait)
+
+
+def _pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
+    match sweep.pruner:
+        case "median":
+            return optuna.pruners.MedianPruner()
+        case "hyperband":
+            return optuna.pruners.HyperbandPruner(
+                min_resource=min(sweep.evaluate_every, sweep.steps), max_resource=sweep.steps
+            )
+        case _:
+            return optuna.pruners.NopPruner()
+
+
+def _check_same(study: optuna.Study, sweep: Sweep) -> None:
+    known = study.user_attrs.get("sweep")
+    if known is None:
+        study.set_user_attr("sweep", sweep.fingerprint())
+        return
+    for key, value in sweep.fingerprint().items():
+        if known.get(key) != value:
+            raise ConfigError(
+                f"the storage holds a sweep {sweep.name!r} with {key}={known.get(key)!r}, and the "
+                f"sweep file now has {key}={value!r}: results of both cannot stand in one table. Take "
+                "another --workdir (or another name, in a shared storage), or put the old value back."
+            )
+
+
+def _enqueue_missing(study: optuna.Study, sweep: Sweep) -> None:
+    known = {trial.user_attrs[POINT] for trial in point_trials(study)}
+    for point, params in enumerate(fixed_points(sweep)):
+        if point not in known:
+            study.enqueue_trial(params, user_attrs={POINT: point})
+
+
+def _identity(directory: Path) -> str:
+    """A name for the workdir that no copy on another machine has by chance."""
+    path = directory / ".identity"
+    with _held(directory / ".claims"):
+        if not path.exists():
+            draft = path.with_name(".identity.tmp")
+            draft.write_text(uuid.uuid4().hex)
+            draft.replace(path)
+        return path.read_text()
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Generator[None]:
+    """Waits for a lock file and holds it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _without_password(url: str) -> str:
+    head, at, tail = url.rpartition("@")
+    if not at:
+        return url
+    scheme, _, user = head.partition("://")
+    return f"{scheme}://{user.partition(':')[0]}@{tail}"
