@@ -12,35 +12,39 @@ import sys
 from absl import flags
 
 from moe import cli
-from moe.errors import ConfigError
 from moe.sweep.load import load_sweep
 from moe.sweep.run import run_sweep
 from moe.sweep.table import to_text
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the sweep and its runs are kept.")
-WORKERS = flags.DEFINE_integer("workers", 1, "Trials that train at once on this machine.")
-STORAGE = flags.DEFINE_string("storage", None, "Optuna database address; a file in the workdir.")
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("workdir", None, "Where the sweep and its runs are kept.", flag_values=FLAGS)
+flags.DEFINE_integer("workers", 1, "Trials that train at once on this machine.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "storage",
+    None,
+    "Optuna database address; without one, a file in the workdir.",
+    flag_values=FLAGS,
+)
 
 
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 done, 1 with no complete point, 75 stopped before the end."""
     rest, path, overrides = cli.split_overrides(argv)
-    cli.parse_flags(rest)
-    if path is None or WORKDIR.value is None:
-        raise ConfigError("a sweep needs --config=configs/sweeps/FILE.py and --workdir=DIR.")
-    sweep = load_sweep(path, overrides)
+    cli.parse_flags(rest, FLAGS)
+    cli.require_flags(config=path, workdir=FLAGS.workdir)
+    sweep = load_sweep(str(path), overrides)
     outcome = run_sweep(
         sweep,
-        WORKDIR.value,
+        FLAGS.workdir,
         command=[sys.executable, str(TRAIN)],
-        workers=WORKERS.value,
-        storage=STORAGE.value,
+        workers=FLAGS.workers,
+        storage=FLAGS.storage,
         announce=lambda line: print(line, flush=True),
     )
     print(to_text(outcome.rows, sweep))
-    print(f"{WORKDIR.value}/results.csv  {WORKDIR.value}/report.html")
+    print(f"{FLAGS.workdir}/results.csv  {FLAGS.workdir}/report.html")
     return outcome.exit_code
 
 

@@ -58,7 +58,9 @@ def _headline(sweep: Sweep, rows: Sequence[Row], complete: Sequence[Row]) -> lis
             found.append((state, str(count)))
     if complete and complete[0].interval is not None:
         found.append((f"best {sweep.metric}", page.number(complete[0].interval.mean)))
-        found.append(("95% interval of the best", interval_text(complete[0].interval)))
+        found.append(
+            ("95% interval of the best", interval_text(complete[0].interval).replace("+-", "±"))
+        )
     return found
 
 
@@ -68,9 +70,9 @@ def _cells(sweep: Sweep, row: Row) -> dict[str, Any]:
         "trial": row.trial,
         "state": row.state,
         "params": [page.number(row.params.get(key, "")) for key in sweep.space],
-        "seeds": ", ".join(f"{seed}: {page.number(v)}" for seed, v in row.seeds.items()),
+        "seeds": [f"{seed}: {page.number(v)}" for seed, v in row.seeds.items()],
         "mean": page.number(mean),
-        "interval": interval_text(row.interval),
+        "interval": interval_text(row.interval).replace("+-", "±"),
         "note": row.note,
     }
 
@@ -89,12 +91,6 @@ def _sections(sweep: Sweep, rows: Sequence[Row], complete: Sequence[Row]) -> lis
     ]
     search = [
         page.Plot(
-            "Points",
-            "A line is a point and runs through its values to its mean; drag along an axis to select.",
-            _parallel(sweep, complete),
-            wide=True,
-        ),
-        page.Plot(
             "History",
             "Means by trial number; the line is the best so far.",
             _history(sweep, complete),
@@ -107,7 +103,7 @@ def _sections(sweep: Sweep, rows: Sequence[Row], complete: Sequence[Row]) -> lis
     ]
     return page.sections(
         ("Parameters", f"{sweep.metric} against each key; {better} is better.", parameters),
-        ("Search", "All keys at once, and how the search went.", search),
+        ("Search", "How the search went, and how its points learned.", search),
     )
 
 
@@ -146,49 +142,6 @@ def _parameter(sweep: Sweep, key: str, complete: Sequence[Row]) -> go.Figure:
 def _axis(values: Sequence[int | float]) -> str:
     """Logarithmic where the values span two decades and none is 0 or less."""
     return "log" if min(values) > 0 and max(values) / min(values) >= 100 else "linear"
-
-
-def _parallel(sweep: Sweep, complete: Sequence[Row]) -> go.Figure:
-    means = [row.interval.mean for row in complete if row.interval is not None]
-    dimensions = [_dimension(key, [row.params[key] for row in complete]) for key in sweep.space]
-    fig = figures.figure(380, margin={"t": 60, "l": 90, "r": 60})
-    fig.add_trace(
-        go.Parcoords(
-            dimensions=[*dimensions, {"label": figures.label(sweep.metric), "values": means}],
-            line={
-                "color": means,
-                "colorscale": "Viridis",
-                "reversescale": sweep.direction == "maximize",
-                "showscale": True,
-                "colorbar": {"thickness": 14},
-            },
-            labelfont={"size": 13},
-        )
-    )
-    return fig
-
-
-def _dimension(key: str, values: Sequence[Any]) -> dict[str, Any]:
-    label = figures.label(key)
-    if _is_numeric(values) and _axis(values) == "linear":
-        return {"label": label, "values": values}
-    if _is_numeric(values):
-        exponents = range(
-            math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1
-        )
-        return {
-            "label": label,
-            "values": np.log10(np.asarray(values, np.float64)),
-            "tickvals": list(exponents),
-            "ticktext": [f"1e{e}" for e in exponents],
-        }
-    names = sorted({str(value) for value in values})
-    return {
-        "label": label,
-        "values": [names.index(str(value)) for value in values],
-        "tickvals": list(range(len(names))),
-        "ticktext": [figures.label(name) for name in names],
-    }
 
 
 def _history(sweep: Sweep, complete: Sequence[Row]) -> go.Figure:

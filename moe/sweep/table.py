@@ -129,7 +129,7 @@ def to_text(found: Sequence[Row], sweep: Sweep) -> str:
             str(len(row.seeds)),
             f"{row.interval.mean:.4f}" if row.interval else "-",
             interval_text(row.interval),
-            row.note.splitlines()[0][:80] if row.note else "",
+            row.note.splitlines()[-1][:100] if row.note else "",
         ]
         for row in found
     ]

@@ -48,4 +48,4 @@ def test_csv_and_text(tmp_path):
     text = to_text(rows, sweep).splitlines()
     assert "2.1000" in text[1]
     assert "+- 1.2700" in text[1]
-    assert text[2].endswith('exit code 2, "k"')
+    assert text[2].endswith("is too large")  # the last line of a message says most
