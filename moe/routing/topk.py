@@ -51,9 +51,10 @@ def route(
     probs = jax.nn.softmax(logits)
     expert = select(logits, k)
     if normalize == "topk_softmax":
-        gate = jax.nn.softmax(gather(logits, expert))
-    else:
-        gate = gather(probs, expert)
+        return Routing(
+            logits, probs, choices(expert, jax.nn.softmax(gather(logits, expert)), valid)
+        )
+    gate = gather(probs, expert)
     if normalize == "renormalize":
         gate = gate / gate.sum(axis=-1, keepdims=True)
     return Routing(logits, probs, choices(expert, gate, valid))

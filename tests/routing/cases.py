@@ -1,7 +1,7 @@
 """What the routing tests share: every router under every option that changes what it does."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 
 from moe.routing.report import layer_report
 from moe.routing.table import ROUTERS, Router, pick_options
-from moe.routing.types import LayerReport, Routing, State
+from moe.routing.types import Choices, LayerReport, Routing, State
 
 VOCAB = 11
 
@@ -45,6 +45,7 @@ class Case(NamedTuple):
         """State as after some training: a bias that is not zero, a table with ids of its own."""
         return dict(_state(self, num_experts))
 
+    # NumPy logits give a NumPy routing: assertions on it then compile nothing.
     def route(
         self, logits, valid=None, *, state=None, token_ids=None, seed=9, compiled=True
     ) -> Routing:
@@ -52,13 +53,14 @@ class Case(NamedTuple):
         if token_ids is None:
             token_ids = (np.arange(S) * 3 + np.arange(B)[:, None]) % VOCAB
         route = _compiled(self) if compiled else functools.partial(_route, self)
-        return route(
+        routing = route(
             jnp.asarray(logits),
-            jnp.ones((B, S), bool) if valid is None else jnp.asarray(valid),
+            jnp.asarray(np.ones((B, S), bool) if valid is None else valid),
             jax.random.key(seed) if self.router.needs_key_in_eval else None,
-            self.state(E) if state is None else state,
+            jax.tree.map(jnp.asarray, self.state(E) if state is None else state),
             jnp.asarray(token_ids, jnp.int32) if self.router.needs_token_ids else None,
         )
+        return jax.device_get(routing) if isinstance(logits, np.ndarray) else routing
 
     def __hash__(self) -> int:
         return hash(str(self))
@@ -87,7 +89,7 @@ def _state(case, num_experts) -> State:
     state = case.router.init_state(num_experts, VOCAB, case.k, key, counts, **options)
     if "bias" in state:
         state["bias"] = 0.3 * jax.random.normal(key, state["bias"].shape)
-    return state
+    return jax.device_get(state)
 
 
 DEEPSEEK = {"groups": 4, "groups_kept": 2, "scale": 2.5}
@@ -104,16 +106,28 @@ CASES = [
 ]
 
 
-def random_logits(shape=(3, 6, 8), seed=0) -> jax.Array:
+def random_logits(shape=(3, 6, 8), seed=0) -> np.ndarray:
     """Logits without ties."""
-    return 2.0 * jax.random.normal(jax.random.key(seed), shape)
+    return 2.0 * np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-jit_report = jax.jit(layer_report)
+def one_choice(probs, expert) -> Routing:
+    """A decision of one choice a token, in NumPy, with these probabilities."""
+    probs, expert = np.asarray(probs, np.float32), np.asarray(expert, np.int32)[..., None]
+    ones: Any = np.ones(expert.shape, np.float32)
+    zeros: Any = np.zeros_like(probs)
+    return Routing(zeros, cast(Any, probs), Choices(cast(Any, expert), ones, ones > 0))
+
+
+_report = jax.jit(layer_report)
+
+
+def report_of(routing: Routing, valid, kept=None) -> LayerReport:
+    """The report of one layer, in NumPy."""
+    arrays = (routing, routing.plan.valid if kept is None else kept, valid)
+    return jax.device_get(_report(*jax.tree.map(jnp.asarray, arrays)))
 
 
 def stacked_report(routing: Routing, valid, kept=None) -> LayerReport:
     """The report of a model with one sparse layer."""
-    valid = jnp.asarray(valid)
-    report = jit_report(routing, routing.plan.valid if kept is None else kept, valid)
-    return jax.tree.map(lambda x: x[None], report)
+    return jax.tree.map(lambda x: x[None], report_of(routing, valid, kept))

@@ -89,5 +89,5 @@ def test_the_task_reaches_the_kernel_through_every_learned_router(gate, name):
         plan = router.route(logits, valid, k=1 if name == "switch" else 2).plan
         return (plan.gate[..., 0] ** 2).sum()
 
-    gradient = jax.grad(loss)(params)
+    gradient = jax.jit(jax.grad(loss))(params)
     assert float(jnp.abs(gradient["kernel"][...]).max()) > 1e-4

@@ -6,13 +6,16 @@ from scipy.stats import chisquare
 
 from moe.errors import ConfigError
 from moe.routing import hash
+from tests.routing.cases import Case
 
 V, E = 5000, 32
+NO_LOGITS = np.zeros((2, 4, E), np.float32)
 ZIPF = (1e7 / np.arange(1, V + 1)).astype(np.int64)
 
 
 def table(kind, k=1, seed=0, counts=ZIPF):
-    return np.asarray(hash.init_state(E, V, k, jax.random.key(seed), counts, kind=kind)["table"])
+    make = jax.jit(lambda key: hash.init_state(E, V, k, key, counts, kind=kind)["table"])
+    return np.asarray(make(jax.random.key(seed)))
 
 
 def shares(experts, counts=ZIPF):
@@ -59,25 +62,24 @@ def test_counts_beyond_int32_are_packed_like_their_proportions():
 
 
 def test_an_id_goes_to_its_experts_at_every_position():
-    state = {"table": jnp.asarray(table("random", k=2))}
-    ids = jnp.array([[3, 7, 3, 4999], [7, 3, 3, 0]])
-    plan = hash.route(
-        jnp.zeros((2, 4, E)), jnp.ones((2, 4), bool), k=2, state=state, token_ids=ids
-    ).plan
-    np.testing.assert_array_equal(plan.expert, state["table"][ids])
+    listed, ids = table("random", k=2), np.array([[3, 7, 3, 4999], [7, 3, 3, 0]])
+    plan = Case("hash", 2).route(NO_LOGITS, state={"table": listed}, token_ids=ids).plan
+    np.testing.assert_array_equal(plan.expert, listed[ids])
     np.testing.assert_array_equal(plan.gate, 0.5)
 
 
+def test_probs_are_the_gates_spread_over_experts():
+    routing = Case("hash", 2).route(NO_LOGITS, state={"table": table("random", k=2)})
+    np.testing.assert_array_equal(
+        np.take_along_axis(*map(np.asarray, (routing.probs, routing.plan.expert)), -1),
+        routing.plan.gate,
+    )
+
+
 def test_ids_outside_the_table_use_its_nearest_end():
-    state = {"table": jnp.asarray(table("random"))}
-    plan = hash.route(
-        jnp.zeros((1, 2, E)),
-        jnp.ones((1, 2), bool),
-        k=1,
-        state=state,
-        token_ids=jnp.array([[-5, V + 9]]),
-    ).plan
-    np.testing.assert_array_equal(plan.expert[0], state["table"][jnp.array([0, V - 1])])
+    listed, ids = table("random", k=2), np.array([[-5, V + 9, 0, V - 1]] * 2)
+    plan = Case("hash", 2).route(NO_LOGITS, state={"table": listed}, token_ids=ids).plan
+    np.testing.assert_array_equal(plan.expert[:, :2], plan.expert[:, 2:])
 
 
 def test_missing_inputs_are_errors():

@@ -9,14 +9,18 @@ import pytest
 from moe.errors import ConfigError
 from moe.routing import losses
 from moe.routing.report import layer_report
-from moe.routing.types import Choices, Routing
 from tests.routing.cases import (
     GOLDEN_LOGITS,
     GOLDEN_VALID,
     Case,
+    one_choice,
     random_logits,
     stacked_report,
 )
+
+balance_loss = jax.jit(losses.balance_loss, static_argnames="scope")
+z_loss = jax.jit(losses.z_loss)
+sequence_balance_loss = jax.jit(losses.sequence_balance_loss)
 
 TOPK = Case("topk", 3, {"normalize": "renormalize"})
 VALID = np.arange(6) < np.array([[6], [3], [5], [0], [1]])
@@ -34,7 +38,7 @@ def two_layers(seed=0, rows=slice(None)):
         )
         for i in (0, 1)
     ]
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *reports)
+    return jax.tree.map(lambda *x: np.concatenate(x), *reports)
 
 
 @pytest.mark.parametrize("scope", losses.SCOPES)
@@ -44,34 +48,25 @@ def two_layers(seed=0, rows=slice(None)):
     ids=str,
 )
 def test_balance_worked_out_in_float64(case, value, scope):
-    loss = losses.balance_loss(golden(case), scope, total_tokens=8)
+    loss = balance_loss(golden(case), scope, total_tokens=8)
     np.testing.assert_allclose(loss, value, atol=5e-5)
 
 
 def test_z_and_sequence_balance_worked_out_in_float64():
-    np.testing.assert_allclose(
-        losses.z_loss(golden(Case("switch", 1)), total_tokens=8), 6.0829, atol=5e-5
-    )
+    np.testing.assert_allclose(z_loss(golden(Case("switch", 1)), total_tokens=8), 6.0829, atol=5e-5)
     report = golden(Case("deepseek_v3", 2))
     np.testing.assert_array_equal(report.row_ranked[0, 0] * 4 / 16, [1.75, 1, 0.75, 0.5])
-    np.testing.assert_allclose(
-        losses.sequence_balance_loss(report, total_rows=1), 1.0662, atol=5e-5
-    )
+    np.testing.assert_allclose(sequence_balance_loss(report, total_rows=1), 1.0662, atol=5e-5)
 
 
 def report_of(probs, expert):
     """A layer whose tokens have these probabilities and one choice each."""
-    probs, expert = jnp.asarray(probs, jnp.float32), jnp.asarray(expert, jnp.int32)[..., None]
-    ones = jnp.ones(expert.shape)
-    plan = Choices(expert, ones, ones > 0)
-    return stacked_report(
-        Routing(jnp.log(probs + 1e-9), probs, plan), jnp.ones(probs.shape[:2], bool)
-    )
+    return stacked_report(one_choice(probs, expert), np.ones(np.shape(expert), bool))
 
 
 @pytest.mark.parametrize("scope", losses.SCOPES)
 def test_balance_is_one_when_uniform_and_E_when_collapsed(scope):
-    balance = functools.partial(losses.balance_loss, scope=scope, total_tokens=8)
+    balance = functools.partial(balance_loss, scope=scope, total_tokens=8)
     uniform = report_of(np.full((1, 8, 4), 0.25), np.arange(8)[None] % 4)
     np.testing.assert_allclose(balance(uniform), 1.0, rtol=1e-6)
     collapsed = report_of(np.eye(4)[np.zeros((1, 8), int)], np.zeros((1, 8), int))
@@ -83,27 +78,25 @@ def test_two_domains_are_balanced_together_and_not_apart():
     halves = np.array([[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]])
     report = report_of(np.repeat(halves[:, None], 4, axis=1), expert)
     for scope, value in {"global": 1.0, "microbatch": 1.0, "sequence": 2.0}.items():
-        loss = losses.balance_loss(report, scope, total_tokens=8)
+        loss = balance_loss(report, scope, total_tokens=8)
         np.testing.assert_allclose(loss, value, rtol=1e-6)
 
 
 def test_layers_that_collapse_onto_different_experts_do_not_cancel():
     layers = [report_of(np.eye(4)[np.full((1, 8), e)], np.full((1, 8), e)) for e in range(4)]
-    report = jax.tree.map(lambda *x: jnp.concatenate(x), *layers)
-    np.testing.assert_allclose(
-        losses.balance_loss(report, "global", total_tokens=8), 4.0, rtol=1e-6
-    )
+    report = jax.tree.map(lambda *x: np.concatenate(x), *layers)
+    np.testing.assert_allclose(balance_loss(report, "global", total_tokens=8), 4.0, rtol=1e-6)
 
 
 def test_sequence_balance_counts_scores_and_not_what_a_bias_made_of_them():
     logits = random_logits((2, 16, 8))
-    plain = Case("deepseek_v3", 3).route(logits, state={"bias": jnp.zeros(8)})
-    steered = Case("deepseek_v3", 3).route(logits, state={"bias": jnp.arange(8.0)})
+    plain = Case("deepseek_v3", 3).route(logits, state={"bias": np.zeros(8, np.float32)})
+    steered = Case("deepseek_v3", 3).route(logits, state={"bias": np.arange(8, dtype=np.float32)})
     valid = np.ones((2, 16), bool)
     a, b = (stacked_report(r, valid) for r in (plain, steered))
-    loss = functools.partial(losses.sequence_balance_loss, total_rows=2)
+    loss = functools.partial(sequence_balance_loss, total_rows=2)
     assert loss(a) == loss(b)
-    balance = functools.partial(losses.balance_loss, scope="sequence", total_tokens=32)
+    balance = functools.partial(balance_loss, scope="sequence", total_tokens=32)
     assert abs(balance(a) - balance(b)) > 1e-3
 
 
@@ -111,19 +104,19 @@ def terms(report, counts=None):
     """Every loss whose microbatches must add up, on totals of the whole step."""
     tokens, rows = int(VALID.sum()), int(VALID.any(axis=1).sum())
     return {
-        "global": losses.balance_loss(report, "global", total_tokens=tokens, global_counts=counts),
-        "sequence": losses.balance_loss(report, "sequence", total_tokens=tokens),
-        "z": losses.z_loss(report, total_tokens=tokens),
-        "rows": losses.sequence_balance_loss(report, total_rows=rows),
+        "global": balance_loss(report, "global", total_tokens=tokens, global_counts=counts),
+        "sequence": balance_loss(report, "sequence", total_tokens=tokens),
+        "z": z_loss(report, total_tokens=tokens),
+        "rows": sequence_balance_loss(report, total_rows=rows),
     }
 
 
-@pytest.mark.parametrize("cuts", [[1], [2, 3], [1, 2, 3, 4]])
-def test_unequal_microbatches_add_up_to_the_whole_batch(cuts):
+def test_unequal_microbatches_add_up_to_the_whole_batch():
     whole = two_layers()
     counts = whole.row_requested.sum(axis=1)
-    bounds = [0, *cuts, 5]
-    parts = [terms(two_layers(rows=slice(a, b)), counts) for a, b in itertools.pairwise(bounds)]
+    parts = [
+        terms(two_layers(rows=slice(a, b)), counts) for a, b in itertools.pairwise([0, 1, 3, 5])
+    ]
     for name, value in terms(whole).items():
         np.testing.assert_allclose(sum(p[name] for p in parts), value, rtol=1e-6, err_msg=name)
 
@@ -132,23 +125,22 @@ def test_microbatch_scope_is_the_token_weighted_mean_of_its_microbatches():
     parts = [two_layers(rows=r) for r in (slice(0, 2), slice(2, 5))]
     tokens = [float(p.row_tokens[0].sum()) for p in parts]
     alone = [
-        losses.balance_loss(p, "microbatch", total_tokens=t)
-        for p, t in zip(parts, tokens, strict=True)
+        balance_loss(p, "microbatch", total_tokens=t) for p, t in zip(parts, tokens, strict=True)
     ]
-    step = [losses.balance_loss(p, "microbatch", total_tokens=sum(tokens)) for p in parts]
+    step = [balance_loss(p, "microbatch", total_tokens=sum(tokens)) for p in parts]
     np.testing.assert_allclose(sum(step), np.average(alone, weights=tokens), rtol=1e-6)
 
 
 def test_padded_rows_count_like_the_same_rows_without_padding():
     logits = random_logits((2, 6, 8))
     padded = stacked_report(
-        TOPK.route(jnp.pad(logits, ((0, 1), (0, 3), (0, 0)), constant_values=9.0)),
+        TOPK.route(np.pad(logits, ((0, 1), (0, 3), (0, 0)), constant_values=9.0)),
         np.pad(np.ones((2, 6), bool), ((0, 1), (0, 3))),
     )
     plain = stacked_report(TOPK.route(logits), np.ones((2, 6), bool))
     for name, value in terms(plain).items():
         np.testing.assert_allclose(terms(padded)[name], value, rtol=1e-5, err_msg=name)
-    assert losses.rows_with_tokens(padded) == 2
+    assert jax.jit(losses.rows_with_tokens)(padded) == 2
 
 
 @pytest.mark.parametrize("name", ["global", "sequence", "z", "rows"])
@@ -180,11 +172,11 @@ def test_gradient_equals_finite_differences(name):
 def test_an_empty_batch_costs_nothing():
     empty = stacked_report(TOPK.route(random_logits()), np.zeros((3, 6), bool))
     for scope in losses.SCOPES:
-        assert losses.balance_loss(empty, scope, total_tokens=0) == 0
-    assert losses.z_loss(empty, total_tokens=0) == 0
-    assert losses.sequence_balance_loss(empty, total_rows=0) == 0
+        assert balance_loss(empty, scope, total_tokens=0) == 0
+    assert z_loss(empty, total_tokens=0) == 0
+    assert sequence_balance_loss(empty, total_rows=0) == 0
 
 
 def test_unknown_scope_is_refused():
     with pytest.raises(ConfigError, match="'batch' is not one of sequence, microbatch, global"):
-        losses.balance_loss(two_layers(), "batch", total_tokens=1)
+        balance_loss(two_layers(), "batch", total_tokens=1)

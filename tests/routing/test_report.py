@@ -3,10 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.routing import deepseek_v3
 from moe.routing.report import layer_report
-from moe.routing.types import Choices, Routing
-from tests.routing.cases import GOLDEN_LOGITS, GOLDEN_VALID, Case, jit_report, random_logits
+from tests.routing.cases import (
+    GOLDEN_LOGITS,
+    GOLDEN_VALID,
+    Case,
+    one_choice,
+    random_logits,
+    report_of,
+)
 
 TOPK = Case("topk", 3, {"normalize": "renormalize"})
 
@@ -17,9 +22,11 @@ def test_sums_equal_loops_over_tokens_in_numpy():
     valid = np.arange(S) < np.array([[6], [3], [1]])
     kept = rng.random((B, S, K)) < 0.7
     routing = TOPK.route(random_logits((B, S, E)), valid)
-    report = jit_report(routing, jnp.asarray(kept), jnp.asarray(valid))
+    report = report_of(routing, valid, kept)
     logits, probs = (np.asarray(x, np.float64) for x in (routing.logits, routing.probs))
-    expected = {name: np.zeros((B, E)) for name in ("requested", "kept", "ranked", "probs")}
+    expected: dict[str, np.ndarray] = {
+        name: np.zeros((B, E)) for name in ("requested", "kept", "ranked", "probs")
+    }
     expected |= {
         name: np.zeros(B) for name in ("tokens", "lse_squared", "entropy", "confidence", "margin")
     }
@@ -44,52 +51,45 @@ def test_sums_equal_loops_over_tokens_in_numpy():
 
 def test_margin_of_all_experts_is_the_smallest_probability():
     routing = Case("topk", 4, {"normalize": "none"}).route(GOLDEN_LOGITS)
-    report = layer_report(routing, routing.plan.valid, jnp.asarray(GOLDEN_VALID))
+    report = report_of(routing, GOLDEN_VALID)
     np.testing.assert_allclose(report.row_margin, routing.probs.min(-1).sum(-1), rtol=1e-6)
 
 
 def test_ranked_counts_ignore_bias_and_groups():
-    logits, valid = random_logits((1, 64, 8)), jnp.ones((1, 64), bool)
-    state = {"bias": jnp.asarray([3.0, -3.0, 3.0, -3.0, 0, 0, 0, 0])}
+    logits = random_logits((1, 64, 8))
+    free, limited = (
+        Case("deepseek_v3", 2, {"groups": 4, "groups_kept": kept}, softmax=False) for kept in (4, 2)
+    )
+    zeros, steep = np.zeros(8, np.float32), np.array([3, -3, 3, -3, 0, 0, 0, 0], np.float32)
     plain, pushed = (
-        jit_report(r, r.plan.valid, valid)
-        for r in (
-            deepseek_v3.route(logits, valid, k=2),
-            deepseek_v3.route(logits, valid, k=2, state=state, groups=4, groups_kept=2),
-        )
+        report_of(case.route(logits, state={"bias": bias}), np.ones((1, 64), bool))
+        for case, bias in ((free, zeros), (limited, steep))
     )
     np.testing.assert_array_equal(plain.row_ranked, plain.row_requested)
     np.testing.assert_array_equal(pushed.row_ranked, plain.row_ranked)
-    assert bool((pushed.row_requested != plain.row_requested).any())
+    assert (pushed.row_requested != plain.row_requested).any()
 
 
 @pytest.mark.parametrize("tokens", [300, 70_000])  # beyond what bfloat16 and float16 can count
 def test_counts_are_exact(tokens):
-    shape = (1, tokens, 2)
-    routing = Routing(
-        jnp.zeros(shape),
-        jnp.full(shape, 0.5),
-        Choices(jnp.zeros(shape, jnp.int32), jnp.ones(shape), jnp.ones(shape, bool)),
-    )
-    report = jit_report(routing, routing.plan.valid, jnp.ones((1, tokens), bool))
-    assert report.row_requested.tolist() == [[2.0 * tokens, 0.0]]
+    routing = one_choice(np.full((1, tokens, 2), 0.5), np.zeros((1, tokens)))
+    report = report_of(routing, np.ones((1, tokens), bool))
+    assert report.row_requested.tolist() == [[tokens, 0.0]]
     assert report.row_tokens.tolist() == [tokens]
 
 
 def test_only_probabilities_and_logsumexp_carry_a_gradient():
-    logits, valid = random_logits(), jnp.ones((3, 6), bool)
+    logits, valid = jnp.asarray(random_logits()), jnp.ones((3, 6), bool)
 
-    def total(x, field):
+    def fields(x):
         routing = TOPK.route(x)
-        return getattr(layer_report(routing, routing.plan.valid, valid), field).sum()
+        report = layer_report(routing, routing.plan.valid, valid)
+        sums = {name: x.sum() for name, x in report._asdict().items() if name != "expert"}
+        return sums | {"row_probs": (report.row_probs * jnp.arange(8.0)[None]).sum()}
 
-    weight = jnp.arange(8.0)
-    probs = jax.grad(
-        lambda x: (layer_report(r := TOPK.route(x), r.plan.valid, valid).row_probs @ weight).sum()
-    )(logits)
-    assert float(jnp.abs(probs).max()) > 0.1
-    lse = jax.grad(total)(logits, "row_lse_squared")
+    gradients = jax.jit(jax.jacrev(fields))(logits)
+    assert np.abs(gradients.pop("row_probs")).max() > 0.1
     expected = 2 * jax.nn.logsumexp(logits, -1, keepdims=True) * jax.nn.softmax(logits)
-    np.testing.assert_allclose(lse, expected, rtol=1e-4, atol=1e-6)
-    for field in ("row_entropy", "row_confidence", "row_margin", "row_ranked", "logit_max"):
-        assert not np.asarray(jax.grad(total)(logits, field)).any(), field
+    np.testing.assert_allclose(gradients.pop("row_lse_squared"), expected, rtol=1e-4, atol=1e-6)
+    for name, gradient in gradients.items():
+        assert not np.asarray(gradient).any(), name

@@ -32,7 +32,7 @@ def test_gates_worked_out_in_float64(normalize, gates):
     np.testing.assert_allclose(route(normalize).plan.gate[0, 0], gates, atol=5e-5)
 
 
-@pytest.mark.parametrize("k", [1, 2, 5, 8])
+@pytest.mark.parametrize("k", [1, 3])
 def test_renormalising_equals_softmax_of_the_chosen_logits(k):
     logits = random_logits((2, 16, 8))
     a, b = (
