@@ -133,18 +133,17 @@ def apply_override(config: ConfigDict, key: str, text: str) -> None:
 
 
 def _parse(key: str, text: str, old: Any) -> Any:
-    if isinstance(old, str) and not (key in OPTIONAL and text.lower() in ("none", "null")):
+    wanted = OPTIONAL.get(key, () if old is None else (type(old),))
+    if wanted == (str,) and (key not in OPTIONAL or text.lower() not in ("none", "null")):
         return text
     special = {"none": None, "null": None, "true": True, "false": False}
     try:
         value = special[text.lower()] if text.lower() in special else ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
-    if isinstance(old, tuple) and isinstance(value, str | list):
+    if tuple in wanted and isinstance(value, str | list):
         value = tuple(value.split(",")) if isinstance(value, str) else tuple(value)
-    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if key in OPTIONAL and float in OPTIONAL[key] and type(value) is int:
+    if float in wanted and type(value) is int:
         value = float(value)
     check_type(key, value, old)
     return value

@@ -32,7 +32,10 @@ EXPERT_SPECS = ExpertParams(
 
 
 def fan_in_init(fan_in: int, scale: float = 1.0):
-    """Truncated normal of standard deviation `scale / sqrt(fan_in)`; the expert axis is no fan-in."""
+    """Normal of standard deviation `scale / sqrt(fan_in)`, truncated at two of them, which leaves 0.88.
+
+    The expert axis is no fan-in.
+    """
     return nnx.initializers.truncated_normal(stddev=scale * fan_in**-0.5)
 
 
