@@ -78,8 +78,8 @@ _spread.defvjp(_spread_forward, _spread_backward)
 
 def spread(tokens: Float[Array, "T D"], edges: Edges) -> Float[Array, "N D"]:
     """Copies each token to the rows of its choices; empty rows are zero."""
-    tokens, *edges = vary_together(tokens, *edges)
-    return _spread(tokens, Edges(*edges))
+    tokens, *ends = vary_together(tokens, *edges)
+    return _spread(tokens, Edges(*ends))
 
 
 @jax.custom_vjp
@@ -111,5 +111,5 @@ def combine(
     rows: Float[Array, "N D"], gate: Float[Array, "T K"], edges: Edges
 ) -> Float[Array, "T D"]:
     """Sums the rows of each token's kept choices, weighted by gate, in float32."""
-    rows, gate, *edges = vary_together(rows, gate, *edges)
-    return _combine(rows, gate, Edges(*edges))
+    rows, gate, *ends = vary_together(rows, gate, *edges)
+    return _combine(rows, gate, Edges(*ends))

@@ -83,8 +83,8 @@ def across(path: Dispatch, mesh: Mesh, param_specs: Any) -> Dispatch:
         return jax.shard_map(
             shard,
             mesh=mesh,
-            in_specs=(tokens, Choices(tokens, tokens, tokens), specs),
-            out_specs=Dispatched(tokens, tokens),
+            in_specs=(tokens, tokens, specs),
+            out_specs=tokens,
         )(x, choices, params)
 
     return dispatch
