@@ -70,6 +70,11 @@ def finished_runs(workdir: Path) -> list[str]:
     return [str(Path(e["run"]).relative_to(workdir / "trials")) for e in events(workdir, "finish")]
 
 
+def has_half_done_run(workdir: Path) -> bool:
+    begun = {event["run"] for event in events(workdir, "step") if event["step"] >= 20}
+    return bool(begun - {event["run"] for event in events(workdir, "finish")})
+
+
 def test_grid_with_failures_runs_to_its_table(tmp_path):
     modes = ["text", "fail", "nan", "preempted", "crash", "stuck"]
     space = {"data.text_feature": {"values": modes}, "router.k": {"values": [4]}}
@@ -117,7 +122,7 @@ def test_killed_sweep_goes_on_where_it_was(tmp_path):
     )
     sweep = start(tmp_path, path, work)
     wait_for(lambda: (work / "log.jsonl").exists() and len(finished_runs(work)) >= 1)
-    wait_for(lambda: events(work, "step")[-1]["step"] == 30)
+    wait_for(lambda: has_half_done_run(work))
     os.killpg(sweep.pid, signal.SIGKILL)
     sweep.wait()
     assert len(finished_runs(work)) < 6
@@ -138,7 +143,7 @@ def test_killed_sweep_goes_on_where_it_was(tmp_path):
 def test_stopped_sweep_saves_and_exits_75(tmp_path):
     work = tmp_path / "work"
     path = write_sweep(
-        tmp_path / "sweep.py", overrides={"steps": 100, "optimizer.learning_rate": 0.1}
+        tmp_path / "sweep.py", overrides={"steps": 60, "optimizer.learning_rate": 0.15}
     )
     sweep = start(tmp_path, path, work, workers=1)
     wait_for(lambda: (work / "log.jsonl").exists() and events(work, "step"))
