@@ -38,7 +38,7 @@ class Call(NamedTuple):
     tokens: Int[Array, "B S"]
     valid: Bool[Array, "B S"]
     dispatch: Dispatch
-    jitter: Float[Array, ""] | float = 0.0  # input noise of the gate, relative
+    jitter: Float[Array, ""] | float | None = None  # input noise of the gate, relative; None: none
     dropout: Float[Array, ""] | float | None = None  # rate; None in evaluation
     key: Key[Array, ""] | None = None  # noise of this pass; None where nothing is drawn
 
@@ -89,7 +89,8 @@ class SparseMLP(nnx.Module):
         row = ROUTERS[self.spec.name]
         gate_key, route_key = (None, None) if key is None else jax.random.split(key)
         if row.learned:
-            logits = self.gate(x, jitter=call.jitter, key=gate_key)
+            noise = {} if call.jitter is None else {"jitter": call.jitter, "key": gate_key}
+            logits = self.gate(x, **noise)
         else:
             logits = jnp.zeros((*x.shape[:2], self.num_experts), jnp.float32)
         state = {k: v[...] for k, v in self.state.items()} if row.stateful else None

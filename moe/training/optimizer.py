@@ -92,7 +92,7 @@ def update(
         weight_decay: relative to the learning rate.
         clip_norm: largest global gradient norm.
     """
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
     grads = jax.tree.map(lambda g: g * scale, grads)
     directions, optimizer = transformation.update(grads, optimizer, params)

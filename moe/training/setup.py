@@ -160,6 +160,7 @@ def jit_train_step(run: Run):
         run.token_bytes,
         run.config.losses.balance_scope,
         o.accumulation,
+        run.config.router.jitter > 0,
     )
     everywhere = NamedSharding(run.mesh, PartitionSpec())
     batch = NamedSharding(run.mesh, BATCH_SPEC)

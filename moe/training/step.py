@@ -74,6 +74,7 @@ class Plan(NamedTuple):
     token_bytes: Int[Array, " V"]  # bytes that each token id stands for
     balance_scope: str  # of the balance loss, see `losses.balance_loss`
     accumulation: int  # microbatches
+    jitter: bool  # whether the gate's input is noisy at all
 
     @property
     def learned(self) -> bool:
@@ -173,7 +174,8 @@ def microbatch_loss(
 
 def _call(plan: Plan, batch: Batch, key: Key[Array, ""], hyper: Hyper) -> Call:
     dropout = hyper.dropout if plan.spec.dropout > 0 else None
-    return Call(batch.tokens, batch.valid, plan.dispatch, hyper.jitter, dropout, key)
+    jitter = hyper.jitter if plan.jitter else None
+    return Call(batch.tokens, batch.valid, plan.dispatch, jitter, dropout, key)
 
 
 def _global_counts(
