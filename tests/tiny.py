@@ -20,9 +20,6 @@ from moe.model.transformer import ModelOutput, ModelSpec
 from moe.training.state import Skeleton, bind, make_skeleton
 
 VOCAB, B, S = 48, 3, 16
-# XLA then compiles in half the time, and what it makes is fast enough for a tiny model.
-QUICK = {"xla_backend_optimization_level": 0}
-jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def config(*overrides: str) -> ConfigDict:
@@ -82,7 +79,7 @@ def model(*overrides: str, dispatch: Any = reference) -> Model:
         call = Call(batch.tokens, batch.valid, dispatch, **call)
         return bind(skeleton, params, router)(batch.positions, batch.segments, call)
 
-    return Model(spec, skeleton, *numbers(skeleton), jit(forward))
+    return Model(spec, skeleton, *numbers(skeleton), jax.jit(forward))
 
 
 def batch(lengths: Sequence[Sequence[int]] = ((16,), (7, 6), (11,)), seed: int = 0) -> Batch:

@@ -62,7 +62,7 @@ def test_size_counts_every_matrix():
 
 def test_fresh_parameters_have_unit_fan_in_and_a_key_of_their_own():
     spec = spec_of(models.tiny() | {"width": 64, "expert_width": 128}, 48, 2)
-    make = tiny.jit(lambda key: initialize(spec, adam(b1=0.9, b2=0.95, eps=1e-8), key).params)
+    make = jax.jit(lambda key: initialize(spec, adam(b1=0.9, b2=0.95, eps=1e-8), key).params)
     params = make(jax.random.key(0))
     layer = params["blocks"]["layer0"]
     wi, wo = layer["mlp"]["experts"]["wi"], layer["mlp"]["experts"]["wo"]

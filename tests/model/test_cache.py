@@ -30,7 +30,7 @@ def test_cached_steps_equal_teacher_forcing(model):
     batch = tiny.batch(((16,), (16,), (16,)))
     full = model(batch)
 
-    @tiny.jit
+    @jax.jit
     def advance(tokens, cache, start):
         positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
         ones = jnp.ones_like(tokens)

@@ -96,7 +96,7 @@ def test_scan_is_the_layers_in_order():
     batch = tiny.batch()
     scanned = model(batch)
 
-    @tiny.jit
+    @jax.jit
     def unrolled(params, router):
         whole = bind(model.skeleton, params, router)
         call = Call(batch.tokens, batch.valid, reference)
@@ -130,7 +130,7 @@ def test_remat_keeps_loss_gradients_and_choices():
             return (out.logits * probe).sum() + aux, out.reports.expert
 
         grad = jax.value_and_grad(loss, has_aux=True)
-        results[policy] = tiny.jit(grad)(model.params)
+        results[policy] = jax.jit(grad)(model.params)
         sorts[policy] = str(jax.make_jaxpr(grad)(model.params)).count("= top_k")
     # The backward pass must not choose anew: its rounding could differ.
     assert sorts["none"] == sorts["full"] == sorts["dots"] > 0
