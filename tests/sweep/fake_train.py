@@ -54,6 +54,9 @@ def main():
         with log.open("a") as file:
             file.write(json.dumps({"event": event, "run": str(workdir), **values}) + "\n")
 
+    if max(done, default=0) >= steps:
+        tell("done already")
+        return
     stopping = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
     tell("start", resumed=bool(done), argv=sys.argv[1:])
