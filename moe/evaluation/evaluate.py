@@ -59,7 +59,7 @@ def make_eval_step(
     ) -> tuple[EvalSums, Int[Array, "L S K"] | None]:
         call = Call(batch.tokens, batch.valid, dispatch, key=key)
         rows, report = forward_rows(skeleton, params, router, batch, call, token_bytes)
-        member = (batch.domain[:, None] == jnp.arange(domains)).astype(jnp.float32)  # [B M]
+        member = jax.nn.one_hot(batch.domain, domains)  # [B M]
         by_domain = RowSums(*(jnp.einsum("b,bm->m", x, member) for x in rows))
         if report is None:
             return EvalSums(by_domain, None, None), None
