@@ -87,6 +87,16 @@ def call_dense(layer: MLP, x: jax.Array) -> jax.Array:
     return feed_forward(one, tokens, lambda rows, w: rows @ w[0], "swiglu").reshape(x.shape)
 
 
+def with_backward(layer: Callable) -> Callable:
+    """The layer's output and its gradients with respect to weights and tokens."""
+
+    def both(params: Any, x: jax.Array, cotangent: jax.Array) -> Any:
+        output, pull = jax.vjp(layer, params, x)
+        return output, pull(cotangent)
+
+    return both
+
+
 def make_sides(shape: Shape) -> dict[str, tuple[Callable, Any]]:
     """`{side: (layer(params, x), params)}`."""
     dense = MLP(shape.D, shape.K * shape.F, "swiglu", out_scale=1.0, rngs=nnx.Rngs(1))
