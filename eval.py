@@ -11,20 +11,20 @@ Overrides (`--config.router.k=4`) change how the checkpoint is run. Evaluation d
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+import zlib
 
 from absl import flags
 import jax
-from moe.parallel.host_memory import keep_freed_memory
 
 from moe import cli
 from moe.config import ConfigDict
 from moe.data import tokenizers
-from moe.data.tokenizers import Tokenizer
 from moe.evaluation import matrix, tables
-from moe.evaluation.generate import generate, until
+from moe.evaluation.generate import check_numbers, generate, until
 from moe.evaluation.record import evaluation_record, write_json
 from moe.model.build import model_size
 from moe.parallel import distributed
+from moe.parallel.host_memory import reuse_buffers
 from moe.parallel.mesh import batch_shards, fits
 from moe.training import setup
 from moe.training.checkpoint import Checkpointer
@@ -70,18 +70,23 @@ def main(argv: list[str]) -> int:
     workdir = Path(FLAGS.workdir)
     saved = read_config(workdir)["config"]
     combinations = None if FLAGS.matrix is None else matrix.parse(FLAGS.matrix)
-    keep_freed_memory()
+    numbers: dict[str, Any] = {
+        name: FLAGS[name].value for name in ("length", "temperature", "top_p")
+    }
+    check_numbers(**numbers)
+    reuse_buffers()
     distributed.start_from_flags(FLAGS)
     with Checkpointer(workdir / "checkpoints", read_only=True) as checkpointer:
         step = checkpointer.resolve(_step(FLAGS.step))
         tokenizer = tokenizers.from_json(checkpointer.load_meta(step)["tokenizer"])
         run = setup.set_up(config_for(saved, overrides), tokenizer, training=False)
+        runs = [variant(run, saved, overrides, pairs) for pairs in combinations or []]
         with jax.set_mesh(run.mesh):
             checkpoint = restore(run, checkpointer, step)
             if FLAGS.generate is not None:
-                print_continuation(checkpoint, FLAGS.generate)
+                print_continuation(checkpoint, FLAGS.generate, **numbers)
             elif combinations is not None:
-                print_matrix(checkpoint, workdir, saved, overrides, combinations, tokenizer)
+                print_matrix(checkpoint, workdir, combinations, runs)
             else:
                 print_evaluation(checkpoint, workdir, overrides)
     return 0
@@ -100,7 +105,7 @@ def config_for(saved: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> C
     overrides = [pair for key, text in overrides for pair in _capacity(key, text)]
     config = cli.complete_config(ConfigDict(saved), overrides)
     asked = any(key.startswith("mesh.") for key, _ in overrides)
-    if not asked and not fits(config.mesh, jax.device_count()):
+    if not asked and not fits(config.mesh.to_dict(), jax.device_count()):
         config.mesh.update({"data": -1, "fsdp": 1, "expert": 1, "tensor": 1})
     if "evaluation.batches" not in dict(overrides):
         config.evaluation.batches = None  # the limit was for evaluations in the training loop
@@ -113,6 +118,43 @@ def _capacity(key: str, text: str) -> list[tuple[str, str]]:
         return [(key, text)]
     path = "grouped" if text.lower() in ("none", "null") else "capacity"
     return [("dispatch.eval_capacity_factor", text), ("dispatch.name", path)]
+
+
+VARIED = ("model", "router", "dispatch")  # sections that a matrix may change
+
+
+def variant(
+    run: Run,
+    saved: dict[str, Any],
+    overrides: Sequence[tuple[str, str]],
+    pairs: Sequence[tuple[str, str]],
+) -> Run:
+    """The same data and parameters, run in the way of one combination.
+
+    Raises:
+        ConfigError: a key of another section, or one that changes the shape of the model.
+    """
+    for key, _ in pairs:
+        if key.partition(".")[0] not in VARIED:
+            raise cli.ConfigError(
+                f"--matrix: {key!r} is not of the sections {', '.join(VARIED)}. All combinations "
+                "share data and mesh; evaluate again with --config.KEY=VALUE for another."
+            )
+    config = config_for(saved, [*overrides, *pairs])
+    made = setup.set_up(config, run.data.tokenizer, training=False, data=run.data)
+    if _shapes(made) != _shapes(run):
+        text = ";".join(f"{key}={value}" for key, value in pairs)
+        raise cli.ConfigError(
+            f"--matrix: {text} makes a model of other parameters or router state than the "
+            "checkpoint has. Vary what leaves both as they are, such as router.k."
+        )
+    return made
+
+
+def _shapes(run: Run) -> dict[str, Any]:
+    state = abstract_state(run.spec, run.transformation, run.shardings)
+    leaves = jax.tree_util.tree_leaves_with_path((state.params, state.router))
+    return {jax.tree_util.keystr(path): (leaf.shape, leaf.dtype) for path, leaf in leaves}
 
 
 def restore(run: Run, checkpointer: Checkpointer, step: int) -> Checkpoint:
@@ -155,6 +197,8 @@ def print_evaluation(
     if overrides:
         record["overrides"] = dict(overrides)
         slug = ",".join(f"{key}={text}" for key, text in overrides).replace("/", "_")
+        if len(slug) > 150:  # file systems allow 255 bytes
+            slug = f"{slug[:100]}-{zlib.crc32(slug.encode()):08x}"
         path = workdir / "eval" / "overrides" / f"{name}-{slug}.json"
     if jax.process_index() == 0:
         write_json(path, record)
@@ -165,16 +209,12 @@ def print_evaluation(
 def print_matrix(
     checkpoint: Checkpoint,
     workdir: Path,
-    saved: dict[str, Any],
-    overrides: Sequence[tuple[str, str]],
     combinations: list[list[tuple[str, str]]],
-    tokenizer: Tokenizer,
+    runs: list[Run],
 ) -> None:
     """One row a combination, each the same checkpoint run in another way."""
-    configs = [config_for(saved, [*overrides, *pairs]) for pairs in combinations]
     rows = []
-    for pairs, config in zip(combinations, configs, strict=True):
-        run = setup.set_up(config, tokenizer, training=False, data=checkpoint.run.data)
+    for pairs, run in zip(combinations, runs, strict=True):
         record = measure(checkpoint._replace(run=run))
         rows.append({"overrides": dict(pairs), **record})
     if jax.process_index() == 0:
@@ -184,7 +224,9 @@ def print_matrix(
         print(f"written to {path}")
 
 
-def print_continuation(checkpoint: Checkpoint, prompt: str) -> None:
+def print_continuation(
+    checkpoint: Checkpoint, prompt: str, *, length: int, temperature: float, top_p: float
+) -> None:
     """Prints the prompt and what the model makes of it."""
     run = checkpoint.run
     tokenizer = run.data.tokenizer
@@ -193,9 +235,9 @@ def print_continuation(checkpoint: Checkpoint, prompt: str) -> None:
         bind(run.skeleton, checkpoint.params, checkpoint.router),
         setup.dispatch_for(run, training=False),
         ids,
-        length=FLAGS.length,
-        temperature=FLAGS.temperature,
-        top_p=FLAGS.top_p,
+        length=length,
+        temperature=temperature,
+        top_p=top_p,
         key=jax.random.key(FLAGS.seed),
         rows=batch_shards(run.mesh),
     )

@@ -125,11 +125,14 @@ def apply_override(config: ConfigDict, key: str, text: str) -> None:
     node: Any = config
     for section in sections:
         node = node.get(section) if isinstance(node, ConfigDict) else None
-    if not isinstance(node, ConfigDict) or last not in node or isinstance(node[last], ConfigDict):
+    found = isinstance(node, ConfigDict) and last in node
+    if not found or (isinstance(node[last], ConfigDict) and key not in OPTIONAL):
         raise ConfigError(
             f"unknown config key {key!r} (--config.{key}={text}); {nearest(key, dotted_keys(config))}."
         )
-    node[last] = _parse(key, text, node[last])
+    value = _parse(key, text, node[last])
+    with node.ignore_type():  # a mapping may give way to a text
+        node[last] = value
 
 
 def _parse(key: str, text: str, old: Any) -> Any:

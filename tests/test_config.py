@@ -53,6 +53,7 @@ def test_override_keeps_the_type(key, text, value):
 def test_override_of_a_mapping():
     config = tiny.config("data.files={'code': '*.py.txt', 'prose': '*.txt'}", "data.files.prose=b")
     assert config.data.files.to_dict() == {"code": "*.py.txt", "prose": "b"}
+    assert tiny.config("data.files={'code': 'a'}", "data.files=*.txt").data.files == "*.txt"
 
 
 @pytest.mark.parametrize(

@@ -42,17 +42,22 @@ def generate(
     Raises:
         ConfigError: an empty prompt, or numbers out of range.
     """
-    if len(prompt) == 0 or length < 1:
-        raise ConfigError(
-            "generation needs a prompt of at least one token and a length of at least 1."
-        )
-    if temperature < 0.0 or not 0.0 < top_p <= 1.0:
-        raise ConfigError(
-            f"temperature={temperature} must not be negative and top_p={top_p} must be in (0, 1]."
-        )
+    check_numbers(length=length, temperature=temperature, top_p=top_p)
+    if len(prompt) == 0:
+        raise ConfigError("generation needs a prompt of at least one token.")
     tokens = jnp.tile(jnp.asarray(prompt, jnp.int32)[None], (rows, 1))
     run = jax.jit(partial(_generate, model, dispatch, length=length))
     return np.asarray(run(tokens, jnp.float32(temperature), jnp.float32(top_p), key))[0]
+
+
+def check_numbers(*, length: int, temperature: float, top_p: float) -> None:
+    """Raises ConfigError for a number that is out of range."""
+    if length < 1:
+        raise ConfigError(f"length={length} must be at least 1.")
+    if not temperature >= 0.0:
+        raise ConfigError(f"temperature={temperature} must not be negative; 0 is greedy.")
+    if not 0.0 < top_p <= 1.0:
+        raise ConfigError(f"top_p={top_p} must be greater than 0 and at most 1; 1 is all tokens.")
 
 
 def _generate(

@@ -89,7 +89,9 @@ class SparseMLP(nnx.Module):
         row = ROUTERS[self.spec.name]
         gate_key, route_key = (None, None) if key is None else jax.random.split(key)
         if row.learned:
-            noise = {} if call.jitter is None else {"jitter": call.jitter, "key": gate_key}
+            noise: dict[str, Any] = (
+                {} if call.jitter is None else {"jitter": call.jitter, "key": gate_key}
+            )
             logits = self.gate(x, **noise)
         else:
             logits = jnp.zeros((*x.shape[:2], self.num_experts), jnp.float32)

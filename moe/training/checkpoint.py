@@ -259,7 +259,8 @@ class Checkpointer:
         Args:
             step: Number, `latest` or `best`.
             abstract_state: Tree of `jax.ShapeDtypeStruct`, each with a `sharding`, on any mesh.
-            partial: Leave out what `abstract_state` does not name, such as the optimiser's state.
+            partial: Leave out whole entries that `abstract_state` lacks at its top level, such as the
+                optimiser's state.
 
         Raises:
             CheckpointError: If there is no such step, if tree, shapes or dtypes differ, or if the

@@ -58,10 +58,14 @@ def first_difference(leaves: dict, abstract_state: PyTree, *, partial: bool) -> 
     Args:
         leaves: Of the record.
         abstract_state: Tree of `jax.ShapeDtypeStruct`.
-        partial: Whether leaves that only the record has are no difference.
+        partial: Whether top-level entries that only the record has are no difference. Inside an
+            entry that both have, every leaf counts: with one left out it would be another model.
     """
     wanted = _describe(abstract_state)
-    names = list(wanted) + [name for name in leaves if name not in wanted and not partial]
+    others = [name for name in leaves if name not in wanted]
+    if partial:
+        others = [name for name in others if name.split("/")[0] in abstract_state]
+    names = list(wanted) + others
     for name in names:
         stored, asked = _leaf_text(leaves.get(name)), _leaf_text(wanted.get(name))
         if stored != asked:
