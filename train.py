@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from absl import flags
 import jax
-from moe.parallel.host_memory import keep_freed_memory
 
 from moe import cli
 from moe.config import ConfigDict
@@ -24,6 +23,7 @@ from moe.evaluation.evaluate import EvalStep, quality
 from moe.evaluation.record import evaluation_record, write_json
 from moe.model.build import ModelSize, model_size
 from moe.parallel import distributed
+from moe.parallel.host_memory import reuse_buffers
 from moe.report.run import write_report
 from moe.routing.metrics import summarize
 from moe.training import setup, throughput
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     cli.parse_flags(rest, FLAGS)
     cli.require_flags(config=path, workdir=FLAGS.workdir)
     config = cli.load_config(str(path), overrides)
-    keep_freed_memory()
+    reuse_buffers()
     distributed.start_from_flags(FLAGS)
     return train(config, Path(FLAGS.workdir))
 

@@ -19,7 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from moe import cli
-from moe.parallel.host_memory import keep_freed_memory
+from moe.parallel.host_memory import reuse_buffers
 from moe.training import setup
 from moe.training.checkpoint import Checkpointer
 from moe.training.interruption import Interruption
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     """Measures and prints."""
     rest, path, overrides = cli.split_overrides(argv)
     cli.parse_flags(rest)
-    keep_freed_memory()
+    reuse_buffers()
     overrides = [*overrides, ("evaluation.batches", "1"), ("log_every", str(FLAGS.steps))]
     config = cli.load_config(path or "configs/quickstart.py", overrides)
     run = setup.set_up(config)

@@ -2,9 +2,9 @@
 
     python3 train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-Top-2 routing (as in Qwen3, arXiv:2505.09388) over fine-grained experts, with a global balance loss.
-Arguments after a colon choose a twin: `:dense` is the dense model of equal active FLOPs; `:router=NAME` takes
-another router with that router's defaults. Both change nothing else.
+Top-4 of 16 fine-grained experts with renormalised softmax gates (as in Qwen3, arXiv:2505.09388), dropless,
+with a global balance loss (arXiv:2501.11873). Arguments after a colon choose a twin: `:dense` is the dense model
+of equal active FLOPs, `:router=NAME` another router with that router's defaults. Both change nothing else.
 """
 
 from moe.config import ConfigDict, default_config
@@ -14,6 +14,13 @@ from moe.errors import ConfigError
 def get_config(arg: str = "") -> ConfigDict:
     """The sparse model, or with `arg` one of its twins."""
     config = default_config()
+    config.update({"steps": 250})
+    config.model.update({"num_experts": 16, "expert_width": 96})
+    config.router.k = 4
+    config.model.mlp_width = config.router.k * config.model.expert_width  # of the dense twin
+    config.optimizer.update({"learning_rate": 3e-3, "warmup_steps": 40})
+    config.evaluation.every = 125
+    config.checkpoint.every = 50
     for part in filter(None, arg.split(",")):
         _apply(config, part)
     return config
