@@ -65,8 +65,8 @@ def measure(run: setup.Run, folder: Path) -> tuple[list[float], list[float]]:
         Checkpointer(folder / "checkpoints") as checkpointer,
         Recorder(folder) as recorder,
         Interruption() as interruption,
-        mock.patch.object(setup, "compile_train_step", lambda run, state: compiled),
-        mock.patch.object(setup, "compile_eval_step", lambda run, params, router: evaluation),
+        mock.patch.object(setup, "compile_train_step", return_value=compiled),
+        mock.patch.object(setup, "compile_eval_step", return_value=evaluation),
         mock.patch.object(train, "save"),  # a checkpoint is paid for by its interval, not by a step
     ):
         for _ in range(FLAGS.rounds + 1):

@@ -3,8 +3,8 @@
     python3 train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 Top-4 of 16 fine-grained experts with renormalised softmax gates (as in Qwen3, arXiv:2505.09388), dropless,
-with a global balance loss (arXiv:2501.11873). Arguments after a colon choose a twin: `:dense` is the dense model
-of equal active FLOPs, `:router=NAME` another router with that router's defaults. Both change nothing else.
+with a global balance loss (arXiv:2501.11873). After a colon comes a twin: `:dense` is the dense model
+of equal active FLOPs, `:router=NAME` another router with its own defaults. Both change nothing else.
 """
 
 from moe.config import ConfigDict, default_config

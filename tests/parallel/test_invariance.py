@@ -76,9 +76,7 @@ def take_step(case: str, sizes: dict[str, int]) -> tuple[StepMetrics, dict, dict
     skeleton = make_skeleton(spec)
     adam = optimizer.adam(b1=0.9, b2=0.95, eps=1e-8)
     shardings = state_shardings(skeleton, adam, mesh)
-    run = setup.Run(
-        config, mesh, None, spec, skeleton, adam, shardings, jnp.ones(VOCAB, jnp.int32)
-    )
+    run = setup.Run(config, mesh, None, spec, skeleton, adam, shardings, jnp.ones(VOCAB, jnp.int32))
     with jax.set_mesh(mesh):
         state = jax.jit(lambda key: initialize(spec, adam, key), out_shardings=shardings)(
             setup.root_key(0, 0)
