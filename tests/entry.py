@@ -66,4 +66,5 @@ MODEL_FLAGS = [
     "--config.model.mlp_width=32",
     "--config.model.expert_width=16",
     "--config.model.num_experts=8",
+    "--config.router.k=2",
 ]
