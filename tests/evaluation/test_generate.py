@@ -56,7 +56,7 @@ def test_until_the_boundary():
     ("changes", "message"),
     [
         ({"prompt": []}, "at least one token"),
-        ({"length": 0}, "length of at least 1"),
+        ({"length": 0}, "length=0 must be at least 1"),
         ({"temperature": -0.1}, r"temperature=-0\.1"),
         ({"top_p": 0.0}, r"top_p=0\.0"),
         ({"top_p": 1.1}, r"top_p=1\.1"),
