@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moe.model.experts import fan_in_init
+from moe.model.experts import fan_in_init, project
 
 
 class KeyValues(NamedTuple):
@@ -108,9 +108,9 @@ class Attention(nnx.Module):
         Returns:
             The output (before the residual) and the cache with these positions in it.
         """
-        q = jnp.einsum("bsd,dhx->bshx", x, self.wq[...].astype(x.dtype))
-        k = jnp.einsum("bsd,dqx->bsqx", x, self.wk[...].astype(x.dtype))
-        v = jnp.einsum("bsd,dqx->bsqx", x, self.wv[...].astype(x.dtype))
+        q = project(x, self.wq[...])
+        k = project(x, self.wk[...])
+        v = project(x, self.wv[...])
         q, k = self._normalise(q, k)
         q, k = rotary(q, positions, self.rope_base), rotary(k, positions, self.rope_base)
         if cache is None:
@@ -125,7 +125,7 @@ class Attention(nnx.Module):
             out = jax.nn.dot_product_attention(
                 q, cache.key, cache.value, mask=_cache_mask(start, x.shape[1], cache.key.shape[1])
             )
-        return jnp.einsum("bshx,hxd->bsd", out, self.wo[...].astype(x.dtype)), cache
+        return project(out, self.wo[...], inputs=2), cache
 
 
 def _cache_mask(start: Int[Array, ""], queries: int, keys: int) -> Bool[Array, "1 1 S K"]:

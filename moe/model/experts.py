@@ -1,5 +1,6 @@
 """Experts: one stacked array a weight, leading axis `E`, and the function that every dispatch path runs."""
 
+import math
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -87,6 +88,17 @@ class Experts(nnx.Module):
         return ExpertParams(self.wi[...].astype(dtype), self.wo[...].astype(dtype))
 
 
+def project(x: Float[Array, "B S ..."], kernel: Array, inputs: int = 1) -> Float[Array, "B S ..."]:
+    """Product over the last `inputs` axes of `x` and the first of `kernel`, in the dtype of `x`.
+
+    As one product of matrices `[T X] @ [X Y]`: XLA:CPU takes almost twice as long for the gradients
+    of the same product with `B` and `S` apart.
+    """
+    size = math.prod(kernel.shape[:inputs])
+    flat = x.reshape(-1, size) @ kernel.astype(x.dtype).reshape(size, -1)
+    return flat.reshape(*x.shape[:2], *kernel.shape[inputs:])
+
+
 class MLP(nnx.Module):
     """The dense layer: one expert that every token visits."""
 
@@ -106,4 +118,6 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Computes in the dtype of `x`."""
         one = ExpertParams(self.wi[...].astype(x.dtype)[None], self.wo[...].astype(x.dtype)[None])
-        return feed_forward(one, x, lambda rows, weights: rows @ weights[0], self.activation)
+        rows = x.reshape(-1, x.shape[-1])  # [T D]
+        out = feed_forward(one, rows, lambda rows, weights: rows @ weights[0], self.activation)
+        return out.reshape(x.shape)

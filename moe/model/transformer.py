@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from moe.model.attention import Attention, KeyValues, RMSNorm
-from moe.model.experts import MLP, fan_in_init
+from moe.model.experts import MLP, fan_in_init, project
 from moe.model.layer import Call, RouterSpec, SparseMLP
 from moe.parallel.rules import constrain_batch
 from moe.routing.selection import ROUTING_NAME
@@ -258,7 +258,7 @@ class Transformer(nnx.Module):
     def _logits(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         x = self.norm(x)
         kernel = self.embedding[...].T if self.spec.tie_embeddings else self.head[...]
-        logits = (x @ kernel.astype(x.dtype)).astype(jnp.float32)
+        logits = project(x, kernel).astype(jnp.float32)
         if self.spec.logit_softcap is not None:
             logits = self.spec.logit_softcap * jnp.tanh(logits / self.spec.logit_softcap)
         return logits
