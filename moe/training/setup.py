@@ -2,23 +2,27 @@
 
 from collections.abc import Callable
 from functools import partial
+import hashlib
 import time
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PyTree
 import numpy as np
 import optax
 
-from moe.axes import BATCH_AXES
+from moe.axes import BATCH_AXES, EXPERT
 from moe.config import ConfigDict, require
 from moe.data.batches import TextData, make_data
 from moe.data.tokenizers import Tokenizer
 from moe.data.types import Batch
+from moe.dispatch.table import check as check_experts
 from moe.dispatch.table import make_dispatch
 from moe.dispatch.types import Dispatch
+from moe.errors import DataError
 from moe.evaluation.evaluate import EvalStep, Evaluation, evaluate, make_eval_step
 from moe.model.build import model_spec
 from moe.model.experts import EXPERT_SPECS
@@ -69,15 +73,10 @@ def set_up(
     if "sparse" in config.model.pattern:
         # Fails before the data is prepared; the real vocabulary is not needed for the checks.
         model_spec(config, vocab_size=1, training=training)
-        experts, shards = config.model.num_experts, mesh.shape["expert"]
-        require(
-            experts % shards == 0,
-            f"model.num_experts={experts} is not divisible by mesh.expert={shards}: every device of "
-            "the expert axis keeps the same number of experts. Choose mesh.expert among the divisors "
-            f"of {experts}.",
-        )
+        check_experts(config.model.num_experts, mesh.shape[EXPERT])
     if data is None:
         data = make_data(config.data, seed=config.seed, tokenizer=tokenizer)
+        _check_same_data(data.fingerprint)
     spec = model_spec(
         config, data.tokenizer.vocab_size, _token_counts(config, data), training=training
     )
@@ -86,7 +85,21 @@ def set_up(
     transformation = optimizer_lib.adam(b1=o.b1, b2=o.b2, eps=o.eps)
     shardings = state_shardings(skeleton, transformation, mesh)
     token_bytes = jnp.asarray(data.tokenizer.token_bytes, jnp.int32)
-    return Run(config, mesh, data, spec, skeleton, transformation, shardings, token_bytes)
+    run = Run(config, mesh, data, spec, skeleton, transformation, shardings, token_bytes)
+    dispatch_for(run, training=training)  # an unknown name shows here
+    return run
+
+
+def _check_same_data(fingerprint: str) -> None:
+    """Each host prepares its own copy of the data: all must have the same tokens."""
+    mine = np.frombuffer(hashlib.sha256(fingerprint.encode()).digest(), np.uint8)
+    everyone = multihost_utils.process_allgather(mine).reshape(-1, mine.size)
+    if (everyone != mine).any():
+        odd = np.flatnonzero((everyone != everyone[:1]).any(axis=1)).tolist()
+        raise DataError(
+            f"processes {odd} read other text than process 0: a run reads one text. Give every host the "
+            "same data (and the same Python, for the standard library), or a shared data.directory."
+        )
 
 
 def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
@@ -110,12 +123,12 @@ def _token_counts(config: ConfigDict, data: TextData) -> np.ndarray | None:
 def dispatch_for(run: Run, *, training: bool) -> Dispatch:
     """How tokens reach experts; evaluation has a capacity of its own and drops nothing by default."""
     d = run.config.dispatch
+    name, factor = d.name, d.capacity_factor
+    if not training:
+        factor = d.eval_capacity_factor
+        name = "grouped" if name == "capacity" and factor is None else name
     return make_dispatch(
-        d.name,
-        run.mesh,
-        param_specs=EXPERT_SPECS,
-        capacity_factor=d.capacity_factor if training else d.eval_capacity_factor,
-        priority=d.priority,
+        name, run.mesh, param_specs=EXPERT_SPECS, capacity_factor=factor, priority=d.priority
     )
 
 
