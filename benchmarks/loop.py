@@ -77,7 +77,7 @@ def measure(run: setup.Run, folder: Path) -> tuple[list[float], list[float]]:
             bare.append((time.perf_counter() - started) / FLAGS.steps)
             done += FLAGS.steps
             run.config.steps = done
-            progress = Progress(done, stream=sys.stderr)
+            progress = Progress(done)
             out = train.Outputs(folder, checkpointer, recorder, progress, interruption, True)
             fresh = jax.tree.map(lambda a: a.copy(), state)  # the loop donates what it is given
             train.loop(run, fresh, done - FLAGS.steps, batches, out)

@@ -33,7 +33,7 @@ def run(program: str, *arguments: str) -> Ended:
         pytest.raises(SystemExit) as end,
     ):
         cli.run(module.main)
-    return Ended(end.value.code or 0, out.getvalue(), err.getvalue())
+    return Ended(int(end.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def tiny_text(folder) -> None:

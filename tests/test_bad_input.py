@@ -22,9 +22,10 @@ COMPILED: list[str] = []
 
 @pytest.fixture(scope="module", autouse=True)
 def _listen():
-    def on_event(name: str, seconds: float, **_: object) -> None:
-        if "backend_compile" in name:
-            COMPILED.append(name)
+    def on_event(event: str, duration_secs: float, **_: str | int) -> None:
+        del duration_secs
+        if "backend_compile" in event:
+            COMPILED.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(on_event)
 

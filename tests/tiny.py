@@ -64,8 +64,8 @@ class Model(NamedTuple):
     router: dict
     forward: Any  # jitted (params, router, batch, call) -> ModelOutput
 
-    def __call__(self, batch: Batch, **call: Any) -> ModelOutput:
-        """Runs the compiled forward pass; `call` are fields of `Call`."""
+    def __call__(self, batch: Batch, **call: Any) -> Any:
+        """Runs the compiled forward pass; `call` are fields of `Call`. Returns a `ModelOutput`."""
         return self.forward(self.params, self.router, batch, call)
 
 
@@ -75,8 +75,8 @@ def model(*overrides: str, dispatch: Any = reference) -> Model:
     spec = model_spec(config(*overrides), VOCAB)
     skeleton = make_skeleton(spec)
 
-    def forward(params: dict, router: dict, batch: Batch, call: dict) -> ModelOutput:
-        call = Call(batch.tokens, batch.valid, dispatch, **call)
+    def forward(params: dict, router: dict, batch: Batch, fields: dict) -> ModelOutput:
+        call = Call(batch.tokens, batch.valid, dispatch, **fields)
         return bind(skeleton, params, router)(batch.positions, batch.segments, call)
 
     return Model(spec, skeleton, *numbers(skeleton), jax.jit(forward))

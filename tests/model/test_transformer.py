@@ -1,6 +1,7 @@
 """The whole model: causality, packing, padding, depth, rematerialisation and its options."""
 
 import functools
+from typing import Any
 
 from flax import nnx
 import jax
@@ -124,7 +125,7 @@ def test_remat_keeps_loss_gradients_and_choices():
 
         def loss(params, model=model):
             call = Call(batch.tokens, batch.valid, reference)
-            out = bind(model.skeleton, params, {})(batch.positions, batch.segments, call)
+            out: Any = bind(model.skeleton, params, {})(batch.positions, batch.segments, call)
             probe = jnp.cos(jnp.arange(out.logits.size)).reshape(out.logits.shape)
             aux = out.reports.row_probs[0, :, 0].sum() + out.reports.row_lse_squared.sum()
             return (out.logits * probe).sum() + aux, out.reports.expert

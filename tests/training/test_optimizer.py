@@ -17,7 +17,7 @@ def values(kind: str, *steps: int, warmup: int = 10) -> list[float]:
     made = optimizer.schedule(
         kind=kind, steps=100, warmup_steps=warmup, decay_fraction=0.2, final_fraction=0.1
     )
-    return [float(made(jnp.int32(step))) for step in steps]
+    return [float(jnp.asarray(made(jnp.int32(step)))) for step in steps]
 
 
 @pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])
