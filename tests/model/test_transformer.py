@@ -62,6 +62,13 @@ def test_later_tokens_change_nothing_before_them(router, dispatch):
         assert (out.reports.expert == -1).any(), "nothing was dropped: the case tests nothing"
 
 
+def test_every_layer_and_key_draws_its_own_noise():
+    model, batch = of_router("random"), tiny.batch(((16,), (16,), (16,)))
+    one, two = (model(batch, key=jax.random.key(seed)).reports.expert for seed in (0, 1))
+    for drawn, other in ((one[0], one[1]), (one, two)):
+        assert 0.05 < (drawn == other).mean() < 0.3, "1 of 8 by chance"
+
+
 @pytest.mark.parametrize("router", ["topk", "hash"])
 def test_packed_documents_equal_documents_alone(router):
     model = of_router(router)
