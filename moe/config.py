@@ -22,6 +22,7 @@ def default_config() -> ConfigDict:
             "seed": 0,
             "steps": 400,  # optimiser steps
             "log_every": 10,  # steps between lines of metrics.jsonl
+            "allow_noncausal": False,  # settings through which a token can see later ones
             "model": {
                 "num_layers": 4,
                 "width": 128,
@@ -243,6 +244,13 @@ def check_numbers(config: ConfigDict) -> None:
         m.heads % m.kv_heads == 0,
         f"model.heads={m.heads} is no multiple of model.kv_heads={m.kv_heads}: every key/value head "
         "serves the same number of query heads. Choose kv_heads among the divisors of heads.",
+    )
+    d = config.dispatch
+    require(
+        config.allow_noncausal or (d.name, d.priority) != ("capacity", "choice_major"),
+        "dispatch.priority='choice_major' seats every token's first choice before any second one, so a "
+        "later token can push out an earlier one: a causal model would see its future. Use 'token_major', "
+        "or set allow_noncausal=True and mistrust the loss.",
     )
     require(m.head_dim % 2 == 0, f"model.head_dim={m.head_dim} must be even for rotary positions.")
     accumulation = config.optimizer.accumulation

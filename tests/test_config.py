@@ -78,6 +78,10 @@ def test_override_of_a_mapping():
         ("dispatch.capacity_factor=-1", ["dispatch.capacity_factor=-1", "greater than 0"]),
         ("dispatch.name=sorted", ["dispatch.name='sorted'", "grouped"]),
         ("dispatch.priority=last", ["dispatch.priority='last'", "token_major"]),
+        (
+            "dispatch.name=capacity dispatch.priority=choice_major",
+            ["choice_major", "allow_noncausal=True"],
+        ),
         ("seed=-1", ["seed=-1", "negative"]),
         ("model.dropout=1.0", ["model.dropout=1.0", "less than 1"]),
         ("optimizer.b2=1.5", ["optimizer.b2=1.5", "less than 1"]),
@@ -92,7 +96,7 @@ def test_override_of_a_mapping():
 )
 def test_mistake_names_key_value_and_rule(override, words):
     with pytest.raises(ConfigError) as error:
-        tiny.config(override)
+        tiny.config(*override.split(" "))
     assert "\n" not in str(error.value)
     assert [word for word in words if word not in str(error.value)] == []
 

@@ -6,12 +6,14 @@ from pathlib import Path
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
 import pytest
 
+from moe.training.recording import Recorder
 from tests import entry
 
 STEPS, KILLED = 10, 8
@@ -149,6 +151,27 @@ def test_killed_and_started_again_is_the_same_run(flags, workdir, cache):
     ended = entry.run("train", *flags, f"--workdir={again}")
     assert ended.code == 0, ended.err
     assert records(again) == records(workdir), "bit for bit"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_75(flags, workdir, number):
+    """A real signal in the middle of a step; the same command then makes the same run."""
+    again = workdir.parent / f"stopped{int(number)}"
+    write = Recorder.write
+
+    def write_and_signal(self, step, split, values):
+        write(self, step, split, values)
+        if step == KILLED and split == "train":
+            signal.raise_signal(number)
+
+    with mock.patch.object(Recorder, "write", write_and_signal):
+        stopped = entry.run("train", *flags, f"--workdir={again}")
+    assert stopped.code == 75, stopped.err
+    assert (again / "checkpoints" / str(KILLED)).is_dir()
+    assert f"stopped at step {KILLED}" in stopped.err
+    if number == signal.SIGTERM:
+        assert entry.run("train", *flags, f"--workdir={again}").code == 0
+        assert records(again) == records(workdir), "bit for bit"
 
 
 def test_a_run_that_is_done_says_so(flags, workdir):
