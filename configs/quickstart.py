@@ -14,12 +14,12 @@ from moe.errors import ConfigError
 def get_config(arg: str = "") -> ConfigDict:
     """The sparse model, or with `arg` one of its twins."""
     config = default_config()
-    config.update({"steps": 250})
+    config.update({"steps": 200})
     config.model.update({"num_experts": 16, "expert_width": 96})
     config.router.k = 4
     config.model.mlp_width = config.router.k * config.model.expert_width  # of the dense twin
     config.optimizer.update({"learning_rate": 3e-3, "warmup_steps": 40})
-    config.evaluation.every = 125
+    config.evaluation.every = 100
     config.checkpoint.every = 50
     for part in filter(None, arg.split(",")):
         _apply(config, part)

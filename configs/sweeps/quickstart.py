@@ -13,7 +13,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """Routers with everything else equal, or with `dense` the twin without a router."""
     config = ConfigDict(convert_dict=False)  # the keys of `space` have dots
     config.base = "configs/quickstart.py" + (":dense" if arg == "dense" else "")
-    config.overrides = {"checkpoint.keep_best": 0}
+    config.overrides = {"checkpoint.keep_best": 0, "evaluation.every": 200}
     names = ["topk"] if arg == "dense" else ["topk", "random", "hash"]
     config.space = {"router.name": {"values": names}}
     config.sampler = "grid"

@@ -168,8 +168,11 @@ class Transformer(nnx.Module):
     def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
         """Draws every parameter from `rngs.params`; float32."""
         self.spec = spec
+        # Of unit scale, so that what the first layers add does not bury which token it is: routers
+        # live on that. As the output projection too, tied embeddings keep logits of unit scale.
+        scale = spec.width**-0.5 if spec.tie_embeddings else 1.0
         self.embedding = nnx.Param(
-            nnx.initializers.normal(0.02)(rngs.params(), (spec.vocab_size, spec.width)),
+            nnx.initializers.normal(scale)(rngs.params(), (spec.vocab_size, spec.width)),
             axes=("V", "D"),
         )
         if spec.first_dense:
