@@ -25,10 +25,10 @@ def test_logits_are_the_float32_product_whatever_the_type_of_the_tokens(gate, dt
     np.testing.assert_allclose(gate(x), expected, atol=1e-6)
 
 
-def test_kernel_is_small_random_and_float32():
+def test_kernel_gives_logits_of_unit_scale():
     kernel = LinearGate(256, 64, rngs=nnx.Rngs(0)).kernel[...]
     assert kernel.dtype == jnp.float32
-    np.testing.assert_allclose(kernel.std(), 0.02, rtol=0.03)
+    np.testing.assert_allclose(kernel.std(), 256**-0.5, rtol=0.03)
     np.testing.assert_allclose(kernel.mean(), 0.0, atol=1e-3)
 
 
