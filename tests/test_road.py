@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from moe.training.recording import Recorder
 from tests import entry
 
-STEPS, KILLED = 10, 8
+STEPS, KILLED = 10, 7
 FLAGS = [
     entry.QUICKSTART,
     *entry.MODEL_FLAGS,
@@ -167,8 +168,11 @@ def test_a_signal_saves_and_exits_75(flags, workdir, number):
     with mock.patch.object(Recorder, "write", write_and_signal):
         stopped = entry.run("train", *flags, f"--workdir={again}")
     assert stopped.code == 75, stopped.err
-    assert (again / "checkpoints" / str(KILLED)).is_dir()
-    assert f"stopped at step {KILLED}" in stopped.err
+    found = re.search(r"stopped at step (\d+)", stopped.err)
+    assert found is not None, stopped.err
+    step = int(found[1])  # a thread listens: the loop may be a step further by then
+    assert KILLED <= step < STEPS
+    assert (again / "checkpoints" / str(step)).is_dir()
     if number == signal.SIGTERM:
         assert entry.run("train", *flags, f"--workdir={again}").code == 0
         assert records(again) == records(workdir), "bit for bit"
