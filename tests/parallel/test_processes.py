@@ -20,7 +20,7 @@ from moe.config import default_config
 def get_config():
     config = default_config()
     config.update({"steps": 4, "log_every": 1})
-    config.optimizer.schedule = "constant"
+    config.optimizer.update({"schedule": "constant", "warmup_steps": 1})  # the same in 2 steps as in 4
     config.model.update(models.tiny())
     config.model.update({"num_layers": 1, "num_experts": 4})
     config.data.update({
