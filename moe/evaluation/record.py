@@ -1,13 +1,13 @@
 """Evaluations on disk: `eval/<split>-<step>.json`, a fixed interface."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from moe.data.tokenizers import Tokenizer
 from moe.evaluation.evaluate import Evaluation, Sample
 from moe.model.build import ModelSize
+from moe.training.workdir import write_atomically
 
 
 def evaluation_record(
@@ -57,6 +57,4 @@ def _sample_record(
 def write_json(path: Path, record: Any) -> None:
     """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    os.replace(draft, path)
+    write_atomically(path, json.dumps(record, indent=1, allow_nan=False) + "\n")

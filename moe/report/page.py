@@ -4,7 +4,6 @@ The page's content security policy forbids every request, so it shows the same w
 """
 
 from collections.abc import Sequence
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +11,8 @@ import jinja2
 from markupsafe import Markup
 import plotly.graph_objects as go
 import plotly.offline
+
+from moe.training.workdir import write_atomically
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Zoom is by dragging, reset by a double click; the one button left saves a picture.
@@ -58,9 +59,7 @@ def render(template: str, directory: Path = TEMPLATES, **values: Any) -> str:
 
 def write_page(path: Path, text: str) -> Path:
     """Writes the page in one move, so that a reader never sees half of it."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, text)
     return path
 
 

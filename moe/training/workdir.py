@@ -113,7 +113,7 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a file as a whole: readers see the old text or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
