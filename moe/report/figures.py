@@ -226,11 +226,12 @@ def _load_colors(top: float) -> dict[str, Any]:
 def balanced_scale(top: float) -> list[list[Any]]:
     """Blue at 0, white at 1 and red at `top`: plotly's `zmid` would make 0 nearly white."""
     middle = 1.0 / top
+    # linspace ends exactly at 1, which plotly demands; a sum of thirds can end one ulp above.
     below = ["#2166ac", "#67a9cf", "#d1e5f0", "#f7f7f7"]
     above = ["#f7f7f7", "#fddbc7", "#ef8a62", "#b2182b"]
-    low = [[middle * i / 3, c] for i, c in enumerate(below)]
-    high = [[middle + (1 - middle) * i / 3, c] for i, c in enumerate(above)]
-    return [*low, *high[1:]]
+    low = zip(np.linspace(0.0, middle, 4).tolist(), below, strict=True)
+    high = zip(np.linspace(middle, 1.0, 4).tolist(), above, strict=True)
+    return [[at, c] for at, c in [*low, *list(high)[1:]]]
 
 
 def domain_maps(shares: Mapping[str, Float[np.ndarray, "L E"]], kind: str) -> go.Figure:

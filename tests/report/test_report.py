@@ -142,6 +142,14 @@ def test_load_heat_maps_show_multiples_of_the_balanced_share():
     assert [b.label for b in over_steps.layout.updatemenus[0].buttons] == ["layer 0", "layer 1"]
 
 
+def test_balanced_scale_ends_exactly_at_one_whatever_the_largest_load():
+    for top in [1.1, 1.5, *np.linspace(2.0, 9.0, 200)]:
+        places = [at for at, _ in figures.balanced_scale(top)]
+        assert places[0] == 0.0
+        assert places[-1] == 1.0  # plotly refuses a scale that ends one rounding above
+        assert places == sorted(places)
+
+
 def test_balanced_scale_is_white_at_one():
     scale = figures.balanced_scale(4.0)
     positions = [at for at, _ in scale]
