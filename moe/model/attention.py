@@ -5,14 +5,22 @@ from typing import NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moe.model.experts import fan_in_init, project
 
 
 class KeyValues(NamedTuple):
-    """Keys and values of `S` positions, and which document each belongs to (0: not filled)."""
+    """Keys and values of `S` positions; `Q` heads of width `X`."""
 
+    key: Float[Array, "B S Q X"]
+    value: Float[Array, "B S Q X"]
+
+
+class Heads(NamedTuple):
+    """Queries of `H` heads, keys and values of the `Q` heads that they share."""
+
+    query: Float[Array, "B S H X"]
     key: Float[Array, "B S Q X"]
     value: Float[Array, "B S Q X"]
 
@@ -88,6 +96,20 @@ class Attention(nnx.Module):
         flat = [x.reshape(*x.shape[:2], -1) for x in (q, k)]
         return self.q_norm(flat[0]).reshape(q.shape), self.k_norm(flat[1]).reshape(k.shape)
 
+    def heads(self, x: Float[Array, "B S D"]) -> Heads:
+        """Projects and normalises; nothing is rotated yet."""
+        q, k = self._normalise(project(x, self.wq[...]), project(x, self.wk[...]))
+        return Heads(q, k, project(x, self.wv[...]))
+
+    def rotated(self, heads: Heads, positions: Int[Array, "B S"]) -> Heads:
+        """Turns queries and keys to their positions."""
+        q, k = (rotary(a, positions, self.rope_base) for a in (heads.query, heads.key))
+        return Heads(q, k, heads.value)
+
+    def merged(self, out: Float[Array, "B S H X"]) -> Float[Array, "B S D"]:
+        """The output projection of all heads."""
+        return project(out, self.wo[...], inputs=2)
+
     def __call__(
         self,
         x: Float[Array, "B S D"],
@@ -108,24 +130,24 @@ class Attention(nnx.Module):
         Returns:
             The output (before the residual) and the cache with these positions in it.
         """
-        q = project(x, self.wq[...])
-        k = project(x, self.wk[...])
-        v = project(x, self.wv[...])
-        q, k = self._normalise(q, k)
-        q, k = rotary(q, positions, self.rope_base), rotary(k, positions, self.rope_base)
+        q, k, v = self.rotated(self.heads(x), positions)
         if cache is None:
             mask = segments[:, None, :, None] == segments[:, None, None, :]
             out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
         else:
             assert start is not None
-            cache = KeyValues(
-                jax.lax.dynamic_update_slice_in_dim(cache.key, k, start, axis=1),
-                jax.lax.dynamic_update_slice_in_dim(cache.value, v, start, axis=1),
-            )
+            cache = KeyValues(write(cache.key, k, start), write(cache.value, v, start))
             out = jax.nn.dot_product_attention(
                 q, cache.key, cache.value, mask=_cache_mask(start, x.shape[1], cache.key.shape[1])
             )
-        return project(out, self.wo[...], inputs=2), cache
+        return self.merged(out), cache
+
+
+def write(
+    cache: Shaped[Array, "B L ..."], new: Shaped[Array, "B S ..."], start: Int[Array, ""]
+) -> Shaped[Array, "B L ..."]:
+    """The cache with `new` at positions `start, start + 1, ...`."""
+    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start, axis=1)
 
 
 def _cache_mask(start: Int[Array, ""], queries: int, keys: int) -> Bool[Array, "1 1 S K"]:
