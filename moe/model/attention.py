@@ -15,6 +15,8 @@ class KeyValues(NamedTuple):
 
     key: Float[Array, "B S Q X"]
     value: Float[Array, "B S Q X"]
+    # Document of each position: queries see keys of their own only. None: all are of one document.
+    segment: Int[Array, "B S"] | None = None
 
 
 class Heads(NamedTuple):
@@ -124,7 +126,8 @@ class Attention(nnx.Module):
             x: inputs in the compute dtype.
             positions: for the rotation.
             segments: document of each position; 0 is padding and attends to padding only.
-            cache: keys and values so far; with it, `x` stands at `start, start + 1, ...` of one document.
+            cache: keys and values so far; with it, `x` stands at `start, start + 1, ...` of one
+                document, or of those that its `segment` keeps apart.
             start: how many positions of the cache are filled.
 
         Returns:
@@ -136,10 +139,13 @@ class Attention(nnx.Module):
             out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
         else:
             assert start is not None
-            cache = KeyValues(write(cache.key, k, start), write(cache.value, v, start))
-            out = jax.nn.dot_product_attention(
-                q, cache.key, cache.value, mask=_cache_mask(start, x.shape[1], cache.key.shape[1])
-            )
+            mask = _cache_mask(start, x.shape[1], cache.key.shape[1])
+            segment = cache.segment
+            if segment is not None:
+                segment = write(segment, segments, start)
+                mask = mask & (segments[:, None, :, None] == segment[:, None, None, :])
+            cache = KeyValues(write(cache.key, k, start), write(cache.value, v, start), segment)
+            out = jax.nn.dot_product_attention(q, cache.key, cache.value, mask=mask)
         return self.merged(out), cache
 
 
