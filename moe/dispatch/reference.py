@@ -21,15 +21,22 @@ def reference(
       params: the experts, every leaf with a leading `E`.
       expert_fn: what one expert does to its rows.
     """
+    chosen = jax.nn.one_hot(choices.expert, num_experts(params)) * choices.valid[..., None]
+    weight = jnp.einsum("bsk,bske->bse", choices.gate, chosen)
+    return Dispatched(mix_all(x, weight, params, expert_fn), choices.valid)
+
+
+def mix_all(
+    x: Float[Array, "B S D"], weight: Float[Array, "B S E"], params: Any, expert_fn: ExpertFn
+) -> Float[Array, "B S D"]:
+    """Every expert on every token, mixed by `weight` in float32."""
     B, S, D = x.shape
-    E = num_experts(params)
-    tokens = x.reshape(B * S, D)
-    rows = jnp.broadcast_to(tokens, (E, B * S, D))
+    E = weight.shape[-1]
+    rows = jnp.broadcast_to(x.reshape(B * S, D), (E, B * S, D))
     outputs = expert_fn(params, rows, batched_matmul)  # [E T D]
-    chosen = jax.nn.one_hot(choices.expert, E) * choices.valid[..., None]  # [B S K E]
-    weight = jnp.einsum("bsk,bske->bse", choices.gate, chosen).reshape(B * S, E)
+    weight = weight.reshape(B * S, E)
     mixed = jnp.einsum("te,etd->td", weight, outputs, preferred_element_type=jnp.float32)
-    return Dispatched(mixed.astype(x.dtype).reshape(B, S, D), choices.valid)
+    return mixed.astype(x.dtype).reshape(B, S, D)
 
 
 def batched_matmul(

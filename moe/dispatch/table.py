@@ -11,6 +11,7 @@ from moe.axes import BATCH_AXES, EXPERT, TENSOR
 from moe.dispatch.capacity import capacity
 from moe.dispatch.exchange import capacity_exchange, grouped_exchange
 from moe.dispatch.grouped import grouped
+from moe.dispatch.plans import by_plan
 from moe.dispatch.reference import reference
 from moe.dispatch.types import Dispatch, Dispatched, ExpertFn
 from moe.errors import ConfigError
@@ -28,10 +29,11 @@ def make_dispatch(
     priority: str = "token_major",
     backend: str | None = None,
 ) -> Dispatch:
-    """The path `name` as one function `(x, choices, params, expert_fn) -> Dispatched`.
+    """One function `(x, plan, params, expert_fn) -> Dispatched` for every kind of plan.
 
-    With one device it runs where it is; with more it runs in one `shard_map`: tokens over
-    `BATCH_AXES`, experts by `param_specs`, and an exchange over the expert axis.
+    `Choices` go by the path `name`. With one device it runs where it is; with more it runs in one
+    `shard_map`: tokens over `BATCH_AXES`, experts by `param_specs`, and an exchange over the expert
+    axis. The other plans have one path each (`moe.dispatch.plans`), which drops nothing.
 
     Args:
       name: `grouped` (dropless), `capacity`, or `reference` (the oracle; left to the partitioner).
@@ -50,7 +52,7 @@ def make_dispatch(
             f"dispatch.name={name!r} is no way to dispatch; use one of {', '.join(DISPATCH)}."
         )
     if name == "reference":
-        return reference
+        return by_plan(reference, mesh)
     alone = mesh is None or mesh.size == 1
     if name == "grouped":
         path = functools.partial(grouped if alone else grouped_exchange, backend=backend)
@@ -60,7 +62,7 @@ def make_dispatch(
             capacity_factor=capacity_factor,
             priority=priority,
         )
-    return path if mesh is None or alone else across(path, mesh, param_specs)
+    return by_plan(path if mesh is None or alone else across(path, mesh, param_specs), mesh)
 
 
 def across(path: Dispatch, mesh: Mesh, param_specs: Any) -> Dispatch:

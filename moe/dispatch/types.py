@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Bool, Float
 
-from moe.routing.types import Choices
-
 Matmul = Callable[[Array, Array], Array]
 """`matmul(rows, weights [E X Y])`: each row times the matrix of its expert.
 
@@ -27,7 +25,7 @@ class Dispatched(NamedTuple):
     """Tokens after the experts. Drops are the choices that are valid and not kept."""
 
     output: Float[Array, "B S D"]  # sum of gate * expert(token) over the kept choices
-    kept: Bool[Array, "B S K"]
+    kept: Bool[Array, "B X Y"]  # like the plan: [B S K], [B E C], [B S P] or [B M E]
 
 
 def num_experts(params: Any) -> int:
@@ -35,5 +33,8 @@ def num_experts(params: Any) -> int:
     return jax.tree.leaves(params)[0].shape[0]
 
 
-Dispatch = Callable[[Array, Choices, Any, ExpertFn], Dispatched]
-"""`dispatch(x [B S D], choices, params, expert_fn)`: moves tokens to experts and back."""
+Dispatch = Callable[[Array, Any, Any, ExpertFn], Dispatched]
+"""`dispatch(x [B S D], plan, params, expert_fn)`: moves tokens to experts and back.
+
+A path takes one kind of plan, usually `Choices`; what `make_dispatch` returns takes every kind.
+"""
