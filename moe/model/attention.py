@@ -133,20 +133,30 @@ class Attention(nnx.Module):
         Returns:
             The output (before the residual) and the cache with these positions in it.
         """
-        q, k, v = self.rotated(self.heads(x), positions)
-        if cache is None:
-            mask = segments[:, None, :, None] == segments[:, None, None, :]
-            out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
-        else:
-            assert start is not None
-            mask = _cache_mask(start, x.shape[1], cache.key.shape[1])
-            segment = cache.segment
-            if segment is not None:
-                segment = write(segment, segments, start)
-                mask = mask & (segments[:, None, :, None] == segment[:, None, None, :])
-            cache = KeyValues(write(cache.key, k, start), write(cache.value, v, start), segment)
-            out = jax.nn.dot_product_attention(q, cache.key, cache.value, mask=mask)
+        heads = self.rotated(self.heads(x), positions)
+        out, cache = attend(heads, segments, cache, start)
         return self.merged(out), cache
+
+
+def attend(
+    heads: Heads,
+    segments: Int[Array, "B S"],
+    cache: KeyValues | None,
+    start: Int[Array, ""] | None,
+) -> tuple[Float[Array, "B S H X"], KeyValues | None]:
+    """What each query head finds at earlier positions of its document; arguments as for `Attention`."""
+    q, k, v = heads
+    if cache is None:
+        mask = segments[:, None, :, None] == segments[:, None, None, :]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True), None
+    assert start is not None
+    mask = _cache_mask(start, q.shape[1], cache.key.shape[1])
+    segment = cache.segment
+    if segment is not None:
+        segment = write(segment, segments, start)
+        mask = mask & (segments[:, None, :, None] == segment[:, None, None, :])
+    cache = KeyValues(write(cache.key, k, start), write(cache.value, v, start), segment)
+    return jax.nn.dot_product_attention(q, cache.key, cache.value, mask=mask), cache
 
 
 def write(

@@ -1,5 +1,6 @@
 """Slots, mixing and merging: each path equals its twin, outputs and all gradients, on every mesh."""
 
+from collections.abc import Callable
 import functools
 from typing import NamedTuple
 
@@ -27,9 +28,9 @@ VALID = np.array([7, 5])  # real tokens of each row
 
 
 class Kind(NamedTuple):
-    path: object
-    twin: object
-    plan: object  # (rng, B, S) -> plan
+    path: Callable
+    twin: Callable
+    plan: Callable  # (rng, B, S) -> plan
 
 
 def experts(rng, E=E, dtype=np.float32):
