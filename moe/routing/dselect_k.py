@@ -84,6 +84,7 @@ def route(
     logits: Float[Array, "B S E"],
     valid: Bool[Array, "B S"],
     *,
+    k: int,
     codes: Float[Array, "B S K M"],
     mix: Float[Array, "B S K"],
     step_width: Scalar = 1.0,
@@ -97,6 +98,7 @@ def route(
     Args:
         logits: only the shape is read.
         valid: `[B S]`, True for a real token.
+        k: number of selectors; not read, the codes have it.
         codes: float32 `[B S k bits]`.
         mix: float32 `[B S k]`.
         step_width: the paper's gamma; may be traced.
@@ -111,6 +113,7 @@ def route(
           falls on experts: 0 if E is a power of two (equation 7, less its minimum).
         * `active`: number of experts, with the gradient of `exp(entropy)` of `probs`.
     """
+    del k
     E = logits.shape[-1]
     selectors = selector_probs(codes, E, step_width)  # [B S K E]
     dense = (jax.nn.softmax(mix)[..., None] * selectors).sum(axis=2)

@@ -48,6 +48,7 @@ def route(
     logits: Float[Array, "B S E"],
     valid: Bool[Array, "B S"],
     *,
+    k: int,
     thresholds: Float[Array, " E"],
     k_max: int = 0,
 ) -> Routing:
@@ -60,6 +61,7 @@ def route(
     Args:
         logits: float32 `[B S E]`.
         valid: `[B S]`, True for a real token.
+        k: not read: the number that `losses.compute` aims at.
         thresholds: float32 `[E]`.
         k_max: largest number of experts a token, the width K of the plan; 0 stands for E. Above
             it, those of the largest logits stay.
@@ -69,6 +71,7 @@ def route(
         the number of experts of each token, with the gradient of the sum over all experts of
         `sigmoid(logit) - sigmoid(threshold)`.
     """
+    del k
     score = jax.nn.sigmoid(logits)
     margin = score - jax.nn.sigmoid(thresholds)[None, None]
     # Scores are below 1: whoever exceeds its threshold precedes whoever does not.

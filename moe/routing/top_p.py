@@ -27,6 +27,7 @@ def route(
     logits: Float[Array, "B S E"],
     valid: Bool[Array, "B S"],
     *,
+    k: int,
     mass: Scalar = 0.4,
     k_max: int = 0,
 ) -> Routing:
@@ -38,6 +39,7 @@ def route(
     Args:
         logits: float32 `[B S E]`.
         valid: `[B S]`, True for a real token.
+        k: not read: the number that `losses.compute` aims at.
         mass: the paper's p, in (0, 1]; may be traced.
         k_max: largest number of experts a token, the width K of the plan; 0 stands for E.
 
@@ -46,6 +48,7 @@ def route(
         gradient of `exp(entropy)` of its probabilities: flatter means more experts, whereas the
         sum of the chosen probabilities would pull the other way.
     """
+    del k
     probs = jax.nn.softmax(logits)
     expert = select(probs, width(logits.shape[-1], k_max))
     gate = gather(probs, expert)

@@ -20,7 +20,7 @@ def drawn(num_experts, k, scale=0.3, seed=0):
 
 def route(inputs, num_experts, **options):
     logits = np.zeros((2, 16, num_experts), np.float32)
-    return routed(dselect_k.route, logits, inputs=inputs, **options)
+    return routed(dselect_k.route, logits, inputs=inputs, k=2, **options)
 
 
 def reference(inputs, num_experts):
@@ -87,7 +87,7 @@ def test_a_new_gate_uses_all_experts_about_equally():
     gate = make_gate(dselect_k.ROUTER, 12, 8, k=2)
     said = gated(gate, TOKENS)
     assert np.abs(gate.codes[...]).max() <= 0.01
-    routing = routed(dselect_k.route, said.logits, inputs=said.inputs)
+    routing = routed(dselect_k.route, said.logits, inputs=said.inputs, k=2)
     assert routing.plan.valid.all()
     assert np.abs(routing.probs - 1 / 8).max() < 0.1
 
@@ -119,7 +119,7 @@ def test_every_gradient_is_finite_even_where_codes_are_saturated(num_experts, sc
 
     def loss(inputs):
         logits = jnp.zeros((2, 16, num_experts))
-        routing = dselect_k.route(logits, jnp.ones((2, 16), bool), **inputs)
+        routing = dselect_k.route(logits, jnp.ones((2, 16), bool), k=2, **inputs)
         terms = sum(term.sum() for term in routing.terms.values())
         return (routing.plan.gate**2).sum() + routing.logits.sum() + terms
 
@@ -134,6 +134,7 @@ def test_the_entropy_term_makes_selectors_choose():
             routing = dselect_k.route(
                 jnp.zeros((2, 16, 8)),
                 jnp.ones((2, 16), bool),
+                k=2,
                 codes=codes,
                 mix=jnp.asarray(inputs["mix"]),
             )
@@ -154,7 +155,7 @@ def test_static_selectors_are_the_same_for_every_token_and_learn():
     for value in said.inputs.values():
         np.testing.assert_array_equal(value, np.broadcast_to(value[:1, :1], value.shape))
     gradients = parameter_gradients(
-        dselect_k.ROUTER, gate, TOKENS, lambda r: (r.probs * jnp.arange(8.0)[None, None]).sum()
+        dselect_k.ROUTER, gate, TOKENS, lambda r: (r.probs * jnp.arange(8.0)[None, None]).sum(), k=2
     )
     assert {name: g.shape for name, g in gradients.items()} == {"codes": (6,), "mix": (2,)}
     assert all(np.abs(g).max() > 1e-3 for g in gradients.values())

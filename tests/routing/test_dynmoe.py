@@ -18,7 +18,7 @@ def sigmoid(x):
 
 
 def route(thresholds=THRESHOLDS, logits=COSINE, **options):
-    return routed(dynmoe.route, logits, inputs={"thresholds": thresholds}, **options)
+    return routed(dynmoe.route, logits, inputs={"thresholds": thresholds}, k=2, **options)
 
 
 def dense(plan, what, E=8):
@@ -78,7 +78,7 @@ def test_gates_pass_the_slope_of_the_sigmoids_straight_through():
     slope = lambda x: sigmoid(x) * (1 - sigmoid(x))  # noqa: E731
 
     def loss(logits, thresholds):
-        plan = dynmoe.route(logits, jnp.ones((2, 16), bool), thresholds=thresholds).plan
+        plan = dynmoe.route(logits, jnp.ones((2, 16), bool), k=2, thresholds=thresholds).plan
         return (plan.gate * jnp.asarray(weight)[plan.expert]).sum()
 
     gradients = jax.jit(jax.grad(loss, (0, 1)))(jnp.asarray(COSINE), jnp.asarray(THRESHOLDS))
@@ -92,7 +92,7 @@ def test_active_counts_experts_and_every_threshold_can_change_it():
     routing = route()
     np.testing.assert_array_equal(routing.terms["active"], routing.plan.valid.sum(-1))
     gradients = parameter_gradients(
-        dynmoe.ROUTER, GATE, TOKENS, lambda routing: routing.terms["active"].sum()
+        dynmoe.ROUTER, GATE, TOKENS, lambda routing: routing.terms["active"].sum(), k=2
     )
     assert (gradients["thresholds"] < 0).all()  # higher thresholds, fewer experts
     assert np.abs(gradients["vectors"]).min(axis=0).max() > 0
@@ -110,7 +110,7 @@ def test_renumbering_experts_renumbers_choices():
 def test_a_token_of_zeros_has_a_finite_gradient():
     tokens = np.zeros((1, 2, 12), np.float32)
     gradients = parameter_gradients(
-        dynmoe.ROUTER, GATE, tokens, lambda r: (r.plan.gate**2).sum() + r.logits.sum()
+        dynmoe.ROUTER, GATE, tokens, lambda r: (r.plan.gate**2).sum() + r.logits.sum(), k=2
     )
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
 

@@ -14,7 +14,7 @@ MASSES = (1e-6, 0.2, 0.4, 0.7, 0.95, 1.0)
 
 
 def plan(mass, logits=LOGITS, **options):
-    return routed(top_p.route, logits, inputs={"mass": np.float32(mass)}, **options).plan
+    return routed(top_p.route, logits, inputs={"mass": np.float32(mass)}, k=2, **options).plan
 
 
 def test_choices_worked_out_by_hand():
@@ -60,14 +60,14 @@ def test_the_bound_keeps_the_most_probable():
 
 def test_padding_has_no_expert():
     valid = np.arange(32) < np.array([[32], [5]])
-    routing = routed(top_p.route, LOGITS, valid)
+    routing = routed(top_p.route, LOGITS, valid, k=2)
     np.testing.assert_array_equal(routing.plan.valid.any(-1), valid)
     np.testing.assert_array_equal(routing.plan.gate.any(-1), valid)
 
 
 def test_active_counts_experts_and_its_gradient_makes_them_fewer():
     def active(logits):
-        return top_p.route(logits, jnp.ones((2, 32), bool), mass=0.8).terms["active"]
+        return top_p.route(logits, jnp.ones((2, 32), bool), k=2, mass=0.8).terms["active"]
 
     value, gradient = jax.jit(jax.value_and_grad(lambda x: active(x).sum()))(jnp.asarray(LOGITS))
     before = plan(0.8).valid.sum(-1)
@@ -82,7 +82,7 @@ def test_active_counts_experts_and_its_gradient_makes_them_fewer():
 
 def test_gradient_is_finite_where_probabilities_underflow():
     def loss(logits):
-        routing = top_p.route(logits, jnp.ones((2, 32), bool))
+        routing = top_p.route(logits, jnp.ones((2, 32), bool), k=2)
         return routing.terms["active"].sum() + routing.plan.gate.sum()
 
     assert np.isfinite(jax.jit(jax.grad(loss))(jnp.asarray(LOGITS) * 1e4)).all()
