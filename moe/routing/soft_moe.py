@@ -19,7 +19,7 @@ _TINY = 1e-12  # below any squared length of a token; keeps the gradient at 0 fi
 
 
 class SoftGate(nnx.Module):
-    """A logit for each token and slot: a scaled cosine (section 2.3).
+    """A logit for each token and slot: a scaled cosine (the paper's normalisation).
 
     `logits = scale * x / |x| . phi_p / |phi_p|`, which does not change when tokens grow with the width
     of the model.
