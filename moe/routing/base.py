@@ -59,7 +59,8 @@ def route(
     `sigmoid(logit)` of the assigned expert.
 
     Args:
-        logits: float32 `[B S E]`. NaN counts as 0 in the assignment.
+        logits: float32 `[B S E]`. What is not finite counts as the smallest that is, in
+            the assignment.
         valid: `[B S]`, True for a real token; padding is assigned to nobody.
         k: experts a token, 1.
         training: assign over the row. Evaluation takes the largest logit, token by token: nothing
@@ -111,7 +112,9 @@ def assign(
         int32 `[S]`, the expert of each token.
     """
     S, E = scores.shape
-    scores = jnp.where(valid[:, None] & ~jnp.isnan(scores), scores, 0.0)
+    sound = jnp.isfinite(scores) & valid[:, None]
+    least = jnp.where(sound, scores, jnp.inf).min()
+    scores = jnp.where(sound, scores, jnp.where(jnp.isfinite(least), least, 0.0))
     step = epsilon * jnp.maximum(scores.max() - scores.min(), 1e-6)
     room = -(-valid.sum(dtype=jnp.int32) // E)
 

@@ -51,7 +51,8 @@ def route(
         state: `{"threshold": float32 [E]}`, with `"lse" [E]` for `normalize="tokens"`; read in
             evaluation only. Gets no gradient.
         normalize: what scores are a distribution over, one of `NORMALIZE`.
-        cap: most experts a token may get; 0 stands for no bound (section 3.3 of the paper).
+        cap: most experts a token may get; 0 stands for no bound (the additional constraint of
+            the paper).
         entropy: weight of the entropy in the capped problem. The paper's 1e-3 is further from its
             solution after 100 iterations.
         iterations: of the capped problem.
@@ -154,7 +155,7 @@ def capped_shares(
     entropy: float,
     iterations: int,
 ) -> Float[Array, "B E S"]:
-    """Logarithms of the shares `A` that solve the capped problem of section 3.3.
+    """Logarithms of the shares `A` that solve the capped problem of the paper.
 
     `max sum(score A) + entropy H(A)` where the shares of an expert sum to its room, those of a token
     to at most `cap`, and each is between 0 and 1: Dykstra's alternating projections of

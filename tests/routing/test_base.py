@@ -106,11 +106,12 @@ def test_few_rounds_still_fill_every_expert():
         np.testing.assert_array_equal(np.bincount(chosen, minlength=4), 2)
 
 
-@pytest.mark.parametrize("kind", ["equal", "nan", "huge"])
-def test_assignment_survives_ties_nan_and_huge_scores(kind):
+@pytest.mark.parametrize("kind", ["equal", "nan", "infinite", "huge"])
+def test_assignment_survives_ties_huge_scores_and_what_is_not_finite(kind):
     logits = {
         "equal": np.zeros((4, 8, 4), np.float32),
         "nan": np.where(LOGITS > 1, np.float32(np.nan), LOGITS),
+        "infinite": np.where(LOGITS > 1, np.float32(np.inf), LOGITS),
         "huge": np.sign(LOGITS) * np.float32(1e4),
     }[kind]
     for chosen in experts(logits):
