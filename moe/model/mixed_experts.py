@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe.model.experts import fan_in_init, project
-from moe.routing.types import Choices
+from moe.routing.types import Choices, Scalar
 
 
 class Kinds(NamedTuple):
@@ -40,6 +40,16 @@ class Kinds(NamedTuple):
             found[kind] = range(first, first + count)
             first += count
         return found
+
+    def balance_weights(self, first: int, tau: Scalar) -> Float[Array, " E"]:
+        """`eta` of the heterogeneous balance loss: `tau` for experts that compute next to nothing, else 1.
+
+        At its minimum an expert's share is inverse to its weight, so the share of the `first + conv`
+        experts that compute is `tau N / (tau N + N_free)`: the smaller `tau`, the cheaper a token.
+        """
+        computing = first + self.conv
+        weights = [jnp.ones(computing), jnp.full(sum(self) - self.conv, tau, jnp.float32)]
+        return jnp.concatenate(weights)
 
 
 def split_choices(choices: Choices, num_ffn: int) -> Choices:

@@ -12,6 +12,8 @@ import pytest
 from moe.dispatch.reference import reference
 from moe.model.mixed_experts import Kinds, MixedExperts, share_zero_gates, split_choices
 from moe.routing import topk
+from moe.routing.report import layer_report
+from moe.routing.sparsity_losses import heterogeneous_balance_loss
 from moe.routing.types import Choices
 from tests.dispatch.common import make_experts, swiglu
 
@@ -261,3 +263,31 @@ def test_bfloat16_keeps_its_type():
     got = run(mixed, x.astype(jnp.bfloat16), choices, DOCUMENTS, valid)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), want, atol=5e-2 * float(abs(want).max()))
+
+
+def test_share_of_experts_that_compute_falls_with_tau():
+    """Descends the heterogeneous balance loss on a bias of fixed random logits."""
+    kinds = Kinds(zero=1, copy=1, constant=2)
+    noise = jnp.asarray(np.random.default_rng(7).normal(size=(1, 2048, 8)), jnp.float32)
+    valid = jnp.ones(noise.shape[:2], bool)
+
+    @jax.jit
+    def share(tau):
+        eta = kinds.balance_weights(4, tau)
+
+        def loss(bias):
+            routing = topk.route(noise + bias[None, None], valid, k=2)
+            kept = jnp.ones((*valid.shape, 2), bool)
+            report = layer_report(routing, kept, valid)
+            stacked = jax.tree.map(lambda a: a[None], report)
+            value = heterogeneous_balance_loss(stacked, eta=eta, total_tokens=2048.0)
+            return value, report.row_requested[0, :4].sum() / 4096
+
+        def step(bias, _):
+            gradient, share = jax.grad(loss, has_aux=True)(bias)
+            return bias - 5 * gradient, share
+
+        return jax.lax.scan(step, jnp.zeros(8), length=300)[1][-20:].mean()
+
+    for tau in (1.0, 0.75, 0.25):
+        np.testing.assert_allclose(share(tau), 4 * tau / (4 * tau + 4), atol=0.01)
