@@ -23,6 +23,7 @@ def default_config() -> ConfigDict:
             "steps": 400,  # optimiser steps
             "log_every": 10,  # steps between lines of metrics.jsonl
             "allow_noncausal": False,  # settings through which a token can see later ones
+            "task": {"name": "language"},  # or classify: the domain of every row
             "model": {
                 "num_layers": 4,
                 "width": 128,
@@ -55,6 +56,7 @@ def default_config() -> ConfigDict:
             "losses": {
                 "balance": 0.01,
                 "balance_scope": "global",  # or microbatch, sequence
+                "balance_counts": "all",  # or first: only the first choice of each token
                 "sequence_balance": 0.0,
                 "z": 0.001,
             },
@@ -277,12 +279,15 @@ NOT_NEGATIVE = (
     "optimizer.final_fraction optimizer.decay_fraction"
     " model.dropout optimizer.b1 optimizer.b2"
 ).split()
+BLOCKS = ("dense", "sparse", "double")  # kinds of layers: double has two sparse parts in a row
 ONE_OF = {
     "model.activation": ("swiglu", "gelu"),
     "model.qk_norm": ("none", "head", "full"),
     "model.remat": ("none", "full", "dots"),
     "model.dtype": ("float32", "bfloat16"),
+    "task.name": ("language", "classify"),
     "losses.balance_scope": ("sequence", "microbatch", "global"),
+    "losses.balance_counts": ("all", "first"),
     "dispatch.name": ("grouped", "capacity", "reference"),
     "dispatch.priority": ("token_major", "choice_major"),
     "data.tokenizer": ("bytes", "bpe"),
@@ -317,6 +322,6 @@ def _check_names(config: ConfigDict) -> None:
         require(value in valid, f"{key}={value!r} is none of {', '.join(valid)}.")
     pattern = config.model.pattern
     require(
-        len(pattern) > 0 and all(kind in ("dense", "sparse") for kind in pattern),
-        f"model.pattern={pattern} must be a non-empty sequence of 'dense' and 'sparse'.",
+        len(pattern) > 0 and all(kind in BLOCKS for kind in pattern),
+        f"model.pattern={pattern} must be a non-empty sequence of {', '.join(map(repr, BLOCKS))}.",
     )

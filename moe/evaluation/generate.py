@@ -10,7 +10,7 @@ import numpy as np
 
 from moe.dispatch.types import Dispatch
 from moe.errors import ConfigError
-from moe.model.attention import KeyValues
+from moe.model.block import LayerCache
 from moe.model.layer import Call
 from moe.model.transformer import Transformer, empty_cache
 
@@ -73,8 +73,8 @@ def _generate(
     rows, size = prompt.shape
 
     def advance(
-        tokens: Array, cache: KeyValues, start: Array, key: Array
-    ) -> tuple[Array, KeyValues]:
+        tokens: Array, cache: LayerCache, start: Array, key: Array
+    ) -> tuple[Array, LayerCache]:
         positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
         ones = jnp.ones_like(tokens)
         call = Call(tokens, ones.astype(bool), dispatch, key=jax.random.fold_in(key, 0))

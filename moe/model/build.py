@@ -7,7 +7,8 @@ import numpy as np
 
 from moe.config import ConfigDict
 from moe.model.layer import RouterSpec
-from moe.model.transformer import ModelSpec, Transformer
+from moe.model.spec import KINDS, ModelSpec
+from moe.model.transformer import Transformer
 from moe.routing.table import check_router
 
 
@@ -16,6 +17,7 @@ def model_spec(
     vocab_size: int,
     token_counts: np.ndarray | None = None,
     *,
+    classes: int = 0,
     training: bool = True,
 ) -> ModelSpec:
     """The model that `config.model` and `config.router` describe.
@@ -24,6 +26,7 @@ def model_spec(
         config: complete config.
         vocab_size: of the tokenizer.
         token_counts: `[V]` how often each id occurs in the training text, for balanced hash tables.
+        classes: of a classifier of rows; 0 for a language model.
         training: whether to refuse a router that could run but not learn.
 
     Raises:
@@ -32,8 +35,14 @@ def model_spec(
     m: dict[str, Any] = config.model.to_dict()
     m["pattern"] = tuple(m["pattern"])
     router = config.router.to_dict()
-    if "sparse" in m["pattern"]:
-        check_router(num_experts=m["num_experts"], training=training, **router)
+    if any(KINDS[kind] for kind in m["pattern"]):
+        check_router(
+            num_experts=m["num_experts"],
+            training=training,
+            sequence_length=config.data.sequence_length,
+            batch_size=config.data.batch_size,
+            **router,
+        )
     spec = RouterSpec(
         name=router["name"],
         k=router["k"],
@@ -42,7 +51,7 @@ def model_spec(
         ),
         token_counts=None if token_counts is None else tuple(int(c) for c in token_counts),
     )
-    return ModelSpec(vocab_size=vocab_size, router=spec, **m)
+    return ModelSpec(vocab_size=vocab_size, router=spec, causal=classes == 0, classes=classes, **m)
 
 
 class ModelSize(NamedTuple):

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 import numpy as np
 
-from moe.dispatch.types import Dispatch
+from moe.dispatch.types import Dispatch, Dispatched
 from moe.model.experts import MLP, Experts, feed_forward
-from moe.routing.gates import LinearGate
+from moe.routing.gates import Gated, jittered
 from moe.routing.report import layer_report
+from moe.routing.router import Router, pick_inputs, pick_options
 from moe.routing.selection import ROUTING_NAME
-from moe.routing.table import ROUTERS, pick_options
-from moe.routing.types import LayerReport, Routing
+from moe.routing.table import ROUTERS
+from moe.routing.types import Choices, LayerReport, Routing
 
 
 class RouterState(nnx.Variable):
@@ -24,12 +25,21 @@ class RouterState(nnx.Variable):
 
 
 class RouterSpec(NamedTuple):
-    """What a sparse layer needs to know of its router: the name and the static options of `route`."""
+    """What a sparse layer needs to know of its router: the name and its static options."""
 
     name: str
     k: int
     options: tuple[tuple[str, Any], ...]  # the router's own options, hashable
     token_counts: tuple[int, ...] | None = None  # how often each token id occurs, for hash tables
+
+    @property
+    def row(self) -> Router:
+        """Its row in the table."""
+        return ROUTERS[self.name]
+
+    def picked(self, function: Any) -> dict[str, Any]:
+        """The options that one function of the router takes."""
+        return pick_options(function, dict(self.options))
 
 
 class Call(NamedTuple):
@@ -41,6 +51,20 @@ class Call(NamedTuple):
     jitter: Float[Array, ""] | float | None = None  # input noise of the gate, relative; None: none
     dropout: Float[Array, ""] | float | None = None  # rate; None in evaluation
     key: Key[Array, ""] | None = None  # noise of this pass; None where nothing is drawn
+    training: bool = False  # whether routers decide as in training, with their noise
+    positions: Int[Array, "B S"] | None = None  # in the document; None: 0, 1, ...
+    documents: Int[Array, "B S"] | None = None  # packed documents, 0 padding; None: one a row
+    modality: Int[Array, "B S"] | None = None  # kind of each token, from 0; None: all of one kind
+    shared: Any = None  # the part of the gate that all layers share
+
+
+class Sparse(NamedTuple):
+    """What a sparse layer gives back."""
+
+    output: Float[Array, "B S D"]  # before the residual; 0 for a token with no kept choice
+    report: LayerReport
+    memory: Any = None  # of the gate, for the next sparse layer
+    history: Float[Array, "B N D"] | None = None  # inputs up to now, where the cache keeps them
 
 
 class SparseMLP(nnx.Module):
@@ -60,10 +84,10 @@ class SparseMLP(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """`shared_experts` of the same width are kept as one dense MLP with gate 1 (DeepSeekMoE)."""
-        row = ROUTERS[spec.name]
+        row = spec.row
         self.spec, self.activation = spec, activation
-        if row.learned:
-            self.gate = LinearGate(width, num_experts, rngs=rngs)
+        if row.gate is not None:
+            self.gate = row.gate(width, num_experts, rngs=rngs, **_gate_options(spec))
         self.num_experts = num_experts
         self.experts = Experts(
             num_experts, width, hidden, activation, out_scale=out_scale, rngs=rngs
@@ -74,47 +98,149 @@ class SparseMLP(nnx.Module):
             )
         if row.stateful:
             counts = None if spec.token_counts is None else np.asarray(spec.token_counts)
+            facts = {"width": width, "key": rngs.params(), "token_counts": counts}
+            facts |= {"num_experts": num_experts, "vocab_size": vocab_size, "k": spec.k}
             state = row.init_state(
-                num_experts=num_experts,
-                vocab_size=vocab_size,
-                k=spec.k,
-                key=rngs.params(),
-                token_counts=counts,
-                **pick_options(row.init_state, dict(spec.options)),
+                **pick_inputs(row.init_state, facts), **spec.picked(row.init_state)
             )
             self.state = nnx.Dict({name: RouterState(value) for name, value in state.items()})
 
-    def route(self, x: Float[Array, "B S D"], call: Call, key: Shaped[Array, ""] | None) -> Routing:
-        """Asks the gate and the router; no expert runs."""
-        row = ROUTERS[self.spec.name]
+    def route(
+        self,
+        x: Float[Array, "B S D"],
+        call: Call,
+        key: Shaped[Array, ""] | None,
+        memory: Any = None,
+    ) -> tuple[Routing, Any]:
+        """Asks the gate and the router; no expert runs. Returns the gate's memory too."""
+        row = self.spec.row
         gate_key, route_key = (None, None) if key is None else jax.random.split(key)
-        if row.learned:
-            noise: dict[str, Any] = (
-                {} if call.jitter is None else {"jitter": call.jitter, "key": gate_key}
-            )
-            logits = self.gate(x, **noise)
-        else:
-            logits = jnp.zeros((*x.shape[:2], self.num_experts), jnp.float32)
-        state = {k: v[...] for k, v in self.state.items()} if row.stateful else None
+        inputs = _inputs(x, call) | {"memory": memory}
+        if call.training or row.needs_key_in_eval:
+            inputs["key"] = route_key
+        if row.stateful:
+            inputs["state"] = {name: value[...] for name, value in self.state.items()}
+        gated = self._gate(x, call, gate_key, inputs)
         routing = row.route(
-            logits,
-            call.valid,
+            gated.logits,
             k=self.spec.k,
-            key=route_key,
-            state=state,
-            token_ids=call.tokens if row.needs_token_ids else None,
-            **pick_options(row.route, dict(self.spec.options)),
+            **pick_inputs(row.route, inputs | gated.inputs),
+            **self.spec.picked(row.route),
         )
-        return routing._replace(plan=checkpoint_name(routing.plan, ROUTING_NAME))
+        return routing._replace(plan=checkpoint_name(routing.plan, ROUTING_NAME)), gated.memory
+
+    def _gate(
+        self, x: Array, call: Call, key: Shaped[Array, ""] | None, inputs: dict[str, Any]
+    ) -> Gated:
+        if self.spec.row.gate is None:
+            return Gated(jnp.zeros((*x.shape[:2], self.num_experts), jnp.float32))
+        if call.jitter is not None and key is not None:
+            x = jittered(x, call.jitter, key)
+        # Noise of the gate itself is not that of the router that follows.
+        inputs = inputs | {"key": None if key is None else jax.random.fold_in(key, 1)}
+        if not call.training:
+            inputs["key"] = None
+        named = pick_inputs(type(self.gate).__call__, {**inputs, "tokens": x})
+        return self.gate(**named)
 
     def __call__(
-        self, x: Float[Array, "B S D"], call: Call, key: Shaped[Array, ""] | None
-    ) -> tuple[Float[Array, "B S D"], LayerReport]:
-        """Output before the residual (0 for a token with no kept choice) and the layer's report."""
-        routing = self.route(x, call, key)
+        self,
+        x: Float[Array, "B S D"],
+        call: Call,
+        key: Shaped[Array, ""] | None,
+        memory: Any = None,
+    ) -> Sparse:
+        """Output before the residual, the layer's report, and the memory of its gate."""
+        routing, memory = self.route(x, call, key, memory)
+        out = self._dispatch(x, call, routing)
+        return Sparse(out.output, layer_report(routing, out.kept, call.valid), memory)
+
+    def continued(
+        self,
+        x: Float[Array, "B S D"],
+        call: Call,
+        key: Shaped[Array, ""] | None,
+        memory: Any,
+        history: Float[Array, "B N D"],
+        start: Int[Array, ""],
+    ) -> Sparse:
+        """As `__call__`, for routers that look back: routes over all inputs since the first.
+
+        Args:
+            x: `[B S D]`, the inputs of positions `start` to `start + S - 1`.
+            call: of these positions.
+            key: noise.
+            memory: of the gate, over all `N` positions.
+            history: inputs of earlier positions; the rest is overwritten.
+            start: how many positions it holds.
+        """
+        history = jax.lax.dynamic_update_slice_in_dim(history, x.astype(history.dtype), start, 1)
+        N, S = history.shape[1], x.shape[1]
+        everywhere = jnp.broadcast_to(jnp.arange(N), history.shape[:2])
+        whole = call._replace(
+            tokens=jnp.zeros_like(everywhere),
+            valid=everywhere < start + S,
+            positions=everywhere,
+            documents=(everywhere < start + S).astype(jnp.int32),
+            modality=None,
+        )
+        routing, memory = self.route(history.astype(x.dtype), whole, key, memory)
+
+        def now(a: Array) -> Array:  # [B N ...] -> [B S ...]
+            return jax.lax.dynamic_slice_in_dim(a, start, S, axis=1)
+
+        if isinstance(routing.plan, Choices):
+            routing = jax.tree.map(now, routing)
+            out = self._dispatch(x, call, routing)
+        else:
+            out = self._dispatch(history.astype(x.dtype), whole, routing)
+            report = layer_report(routing, out.kept, whole.valid)
+            return Sparse(now(out.output), report, memory, history)
+        return Sparse(out.output, layer_report(routing, out.kept, call.valid), memory, history)
+
+    def _dispatch(self, x: Float[Array, "B S D"], call: Call, routing: Routing) -> Dispatched:
         expert_fn = partial(feed_forward, activation=self.activation)
         out = call.dispatch(x, routing.plan, self.experts.params(x.dtype), expert_fn)
         y = out.output.astype(x.dtype)
         if hasattr(self, "shared"):
             y = y + self.shared(x)
-        return y, layer_report(routing, out.kept, call.valid)
+        return out._replace(output=y)
+
+
+def initial_memory(spec: RouterSpec, batch: int, length: int, num_experts: int) -> Any:
+    """What the gate of the first sparse layer is handed; None where gates remember nothing."""
+    make = getattr(spec.row.gate, "initial_memory", None)
+    if make is None:
+        return None
+    return make(batch, length, num_experts, **spec.picked(make))
+
+
+def shared_gate(spec: RouterSpec, width: int, num_experts: int, rngs: nnx.Rngs) -> Any:
+    """The module that the gates of all layers share; None where there is none."""
+    if spec.row.shared is None:
+        return None
+    return spec.row.shared(width, num_experts, rngs=rngs, **spec.picked(spec.row.shared))
+
+
+def _gate_options(spec: RouterSpec) -> dict[str, Any]:
+    """Options of the gate's constructor; it may ask for `k` too."""
+    assert spec.row.gate is not None
+    return spec.picked(spec.row.gate) | pick_inputs(spec.row.gate, {"k": spec.k})
+
+
+def _inputs(x: Float[Array, "B S D"], call: Call) -> dict[str, Any]:
+    """What gates and routers may name, for every token."""
+    places = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    positions = places if call.positions is None else call.positions
+    documents = call.valid.astype(jnp.int32) if call.documents is None else call.documents
+    modality = jnp.zeros_like(places) if call.modality is None else call.modality
+    return {
+        "tokens": x,
+        "valid": call.valid,
+        "token_ids": call.tokens,
+        "positions": positions,
+        "documents": documents,
+        "modality": modality,
+        "training": call.training,
+        "shared": call.shared,
+    }

@@ -7,11 +7,13 @@ from flax import nnx
 import jax
 from jax.ad_checkpoint import checkpoint_policies
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
-from moe.model.attention import Attention, KeyValues, RMSNorm
-from moe.model.experts import MLP, fan_in_init, project
-from moe.model.layer import Call, RouterSpec, SparseMLP
+from moe.model.attention import KeyValues, RMSNorm
+from moe.model.block import Block, LayerCache, Stream
+from moe.model.experts import fan_in_init, project
+from moe.model.layer import Call, initial_memory, shared_gate
+from moe.model.spec import ModelSpec
 from moe.parallel.rules import constrain_batch
 from moe.routing.selection import ROUTING_NAME
 from moe.routing.types import LayerReport
@@ -30,111 +32,10 @@ REMAT: dict[str, Callable | None] = {
 class ModelOutput(NamedTuple):
     """Next-token logits, and what each sparse layer reports."""
 
-    logits: Float[Array, "B S V"]  # float32
+    logits: Float[Array, "B *S V"]  # float32; [B M] over the classes of a classifier of rows
     reports: LayerReport | None  # leading axis L; None for a dense model
-    cache: KeyValues | None  # leading axis: layers
-
-
-class ModelSpec(NamedTuple):
-    """Shape of the model: the section `model` of the config, with what it takes from others."""
-
-    vocab_size: int
-    num_layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp_width: int
-    expert_width: int
-    num_experts: int
-    shared_experts: int
-    pattern: tuple[str, ...]
-    first_dense: int
-    activation: str
-    qk_norm: str
-    tie_embeddings: bool
-    dropout: float
-    logit_softcap: float | None
-    rope_base: float
-    norm_eps: float
-    remat: str
-    dtype: str
-    router: RouterSpec
-
-    @property
-    def repeats(self) -> int:
-        """How often the pattern is repeated after the first dense layers."""
-        return (self.num_layers - self.first_dense) // len(self.pattern)
-
-    @property
-    def sparse_layers(self) -> int:
-        """`L`: layers with experts."""
-        return self.repeats * self.pattern.count("sparse")
-
-
-class Block(nnx.Module):
-    """Pre-normalised attention and feed-forward, each with its residual."""
-
-    def __init__(self, spec: ModelSpec, kind: str, *, rngs: nnx.Rngs):
-        """`kind` is "dense" or "sparse"."""
-        out_scale = (2 * spec.num_layers) ** -0.5
-        self.attention_norm = RMSNorm(spec.width, spec.norm_eps)
-        self.attention = Attention(
-            spec.width,
-            spec.heads,
-            spec.kv_heads,
-            spec.head_dim,
-            qk_norm=spec.qk_norm,
-            rope_base=spec.rope_base,
-            norm_eps=spec.norm_eps,
-            out_scale=out_scale,
-            rngs=rngs,
-        )
-        self.mlp_norm = RMSNorm(spec.width, spec.norm_eps)
-        if kind == "dense":
-            self.mlp = MLP(
-                spec.width, spec.mlp_width, spec.activation, out_scale=out_scale, rngs=rngs
-            )
-        else:
-            self.mlp = SparseMLP(
-                spec.router,
-                num_experts=spec.num_experts,
-                width=spec.width,
-                hidden=spec.expert_width,
-                shared_experts=spec.shared_experts,
-                vocab_size=spec.vocab_size,
-                activation=spec.activation,
-                out_scale=out_scale,
-                rngs=rngs,
-            )
-
-    def __call__(
-        self,
-        x: Float[Array, "B S D"],
-        positions: Int[Array, "B S"],
-        segments: Int[Array, "B S"],
-        call: Call,
-        key: Shaped[Array, ""] | None,
-        cache: KeyValues | None,
-        start: Int[Array, ""] | None,
-    ) -> tuple[Float[Array, "B S D"], LayerReport | None, KeyValues | None]:
-        """One layer; arguments as for `Attention` and `SparseMLP`."""
-        keys = (None, None, None) if key is None else jax.random.split(key, 3)
-        out, cache = self.attention(self.attention_norm(x), positions, segments, cache, start)
-        x = x + _dropout(out, call.dropout, keys[0])
-        h = self.mlp_norm(x)
-        if isinstance(self.mlp, SparseMLP):
-            out, report = self.mlp(h, call, keys[1])
-        else:
-            out, report = self.mlp(h), None
-        return constrain_batch(x + _dropout(out, call.dropout, keys[2])), report, cache
-
-
-def _dropout(x: Array, rate: Array | float | None, key: Array | None) -> Array:
-    if rate is None or key is None:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
+    cache: LayerCache | None  # leading axis: layers
+    terms: dict[str, Float[Array, "B S"]] = {}  # noqa: RUF012 - of the layers themselves, their mean
 
 
 class Repeat(nnx.Module):
@@ -179,11 +80,14 @@ class Transformer(nnx.Module):
             self.first = _stack(spec, ("dense",), spec.first_dense, rngs)
         if spec.repeats:
             self.blocks = _stack(spec, spec.pattern, spec.repeats, rngs)
+        shared = shared_gate(spec.router, spec.width, spec.num_experts, rngs)
+        if shared is not None and spec.sparse_layers:
+            self.shared_gate = shared
         self.norm = RMSNorm(spec.width, spec.norm_eps)
-        if not spec.tie_embeddings:
+        outputs, letter = (spec.classes, None) if spec.classes else (spec.vocab_size, "V")
+        if spec.classes or not spec.tie_embeddings:
             self.head = nnx.Param(
-                fan_in_init(spec.width)(rngs.params(), (spec.width, spec.vocab_size)),
-                axes=("D", "V"),
+                fan_in_init(spec.width)(rngs.params(), (spec.width, outputs)), axes=("D", letter)
             )
 
     def __call__(
@@ -191,21 +95,24 @@ class Transformer(nnx.Module):
         positions: Int[Array, "B S"],
         segments: Int[Array, "B S"],
         call: Call,
-        cache: KeyValues | None = None,
+        cache: LayerCache | None = None,
         start: Int[Array, ""] | None = None,
     ) -> ModelOutput:
-        """Logits of the next token at every position of `call.tokens`.
+        """Logits of the next token at every position of `call.tokens`, or of each row's class.
 
         Args:
             positions: position of each token in its document.
             segments: document of each token, 0 for padding.
             call: tokens, padding mask, dispatch and noise.
-            cache: keys and values of earlier positions, leading axis layers (generation).
+            cache: what layers keep of earlier positions, leading axis layers (generation).
             start: how many positions of the cache are filled.
         """
         dtype = jnp.dtype(self.spec.dtype)
-        x = constrain_batch(self.embedding[...].astype(dtype)[call.tokens])
-        reports, caches, done = [], [], 0
+        stream = Stream(constrain_batch(self.embedding[...].astype(dtype)[call.tokens]))
+        call = call._replace(
+            positions=positions, documents=segments, shared=getattr(self, "shared_gate", None)
+        )
+        reports, terms, caches, done = [], {}, [], 0
         for index, name in enumerate(("first", "blocks")):
             if not hasattr(self, name):
                 continue
@@ -213,53 +120,71 @@ class Transformer(nnx.Module):
             count = self.spec.first_dense if name == "first" else self.spec.repeats * stack.depth
             part = _part(cache, slice(done, done + count))
             key = None if call.key is None else jax.random.fold_in(call.key, index)
-            x, report, part = self._scan(
-                stack, x, positions, segments, call._replace(key=key), part, start
+            if name == "blocks":
+                stream = self._with_memory(stream, cache)
+            stream, told = self._scan(
+                stack, stream, positions, segments, call._replace(key=key), part, start
             )
             done += count
-            if report is not None:
-                reports.append(report)
-            caches.append(part)
+            reports += [] if told.reports is None else [told.reports]
+            caches.append(told.cache)
+            terms |= {name: values.mean(axis=0) for name, values in told.terms.items()}
         if cache is not None:
             cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
-        return ModelOutput(self._logits(x), reports[0] if reports else None, cache)
+        logits = self._logits(stream.x, call)
+        return ModelOutput(logits, reports[0] if reports else None, cache, terms)
+
+    def _with_memory(self, stream: Stream, cache: LayerCache | None) -> Stream:
+        """What the gate of the first sparse layer remembers; over the whole history where one is kept."""
+        B, S = stream.x.shape[:2]
+        if cache is not None and cache.history:
+            S = cache.history[0].shape[2]
+        spec = self.spec
+        return stream._replace(memory=initial_memory(spec.router, B, S, spec.num_experts))
 
     def _scan(
         self,
         stack: Repeat,
-        x: Array,
+        stream: Stream,
         positions: Array,
         segments: Array,
         call: Call,
-        cache: KeyValues | None,
+        cache: LayerCache | None,
         start: Array | None,
-    ) -> tuple[Array, LayerReport | None, KeyValues | None]:
-        """Runs the stacked turns in order; reports and caches come back with a leading layer axis."""
+    ) -> tuple[Stream, "Told"]:
+        """Runs the stacked turns in order; what they tell comes back with a leading layer axis."""
         graph, state = nnx.split(stack)
         repeats = jax.tree.leaves(state)[0].shape[0]
         if cache is not None:
             cache = jax.tree.map(lambda a: a.reshape(repeats, stack.depth, *a.shape[1:]), cache)
 
-        def turn(x: Array, scanned: tuple) -> tuple[Array, tuple]:
+        def turn(stream: Stream, scanned: tuple) -> tuple[Stream, Told]:
             state, index, cache = scanned
-            reports, caches = [], []
+            reports, caches, terms = [], [], {}
             for i, block in enumerate(nnx.merge(graph, state).blocks()):
                 key = None
                 if call.key is not None:
                     key = jax.random.fold_in(call.key, index * stack.depth + i)
-                part = _part(cache, i)
-                x, report, part = block(x, positions, segments, call, key, part, start)
-                reports += [] if report is None else [report]
-                caches += [] if part is None else [part]
-            return x, (_stacked(reports), _stacked(caches))
+                done = block(stream, positions, segments, call, key, _part(cache, i), start)
+                stream = done.stream
+                reports += done.reports
+                caches += [] if done.cache is None else [done.cache]
+                for name, value in done.terms.items():
+                    terms[name] = [*terms.get(name, []), value]
+            terms = {name: jnp.stack(values) for name, values in terms.items()}
+            return stream, Told(_stacked(reports), terms, _stacked(caches))
 
         policy = REMAT[self.spec.remat]
         body = turn if policy is None else jax.checkpoint(turn, policy=policy)
-        x, (reports, cache) = jax.lax.scan(body, x, (state, jnp.arange(repeats), cache))
-        return x, _merged(reports), _merged(cache)
+        stream, told = jax.lax.scan(body, stream, (state, jnp.arange(repeats), cache))
+        return stream, _merged(told)
 
-    def _logits(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+    def _logits(self, x: Float[Array, "B S D"], call: Call) -> Float[Array, "B *S V"]:
         x = self.norm(x)
+        if self.spec.classes:
+            valid = call.valid[..., None]
+            x = jnp.where(valid, x, 0.0).sum(axis=1) / jnp.maximum(valid.sum(axis=1), 1)  # [B D]
+            return (x.astype(jnp.float32) @ self.head[...]).astype(jnp.float32)
         kernel = self.embedding[...].T if self.spec.tie_embeddings else self.head[...]
         logits = project(x, kernel).astype(jnp.float32)
         if self.spec.logit_softcap is not None:
@@ -272,8 +197,16 @@ def _stacked(parts: list):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts) if parts else None
 
 
-def _part(cache: KeyValues | None, which: int | slice) -> KeyValues | None:
-    return None if cache is None else KeyValues(cache.key[which], cache.value[which])
+class Told(NamedTuple):
+    """What the layers of a stack tell; leading axis: layers."""
+
+    reports: LayerReport | None
+    terms: dict[str, Float[Array, "... B S"]]
+    cache: LayerCache | None
+
+
+def _part(cache: LayerCache | None, which: int | slice) -> LayerCache | None:
+    return None if cache is None else jax.tree.map(lambda a: a[which], cache)
 
 
 def _merged(tree):
@@ -281,8 +214,12 @@ def _merged(tree):
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tree)
 
 
-def empty_cache(spec: ModelSpec, batch: int, length: int) -> KeyValues:
-    """A key/value cache for `length` positions; leading axis layers."""
-    shape = (spec.num_layers, batch, length, spec.kv_heads, spec.head_dim)
-    zeros = jnp.zeros(shape, jnp.dtype(spec.dtype))
-    return KeyValues(zeros, zeros)
+def empty_cache(spec: ModelSpec, batch: int, length: int) -> LayerCache:
+    """A cache for `length` positions; leading axis layers."""
+    dtype = jnp.dtype(spec.dtype)
+    zeros = jnp.zeros((spec.num_layers, batch, length, spec.kv_heads, spec.head_dim), dtype)
+    history: tuple[Array, ...] = ()
+    if spec.sparse_layers and spec.router.row.causality == "C1":
+        size = 2 if "double" in spec.pattern else 1
+        history = (jnp.zeros((spec.num_layers, batch, length, spec.width), dtype),) * size
+    return LayerCache(KeyValues(zeros, zeros), history)

@@ -5,11 +5,12 @@ DeepSeek-AI 2024 (arXiv:2412.19437), section 2.1.2; the bias is Wang et al. 2024
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
 import numpy as np
 
 from moe.errors import ConfigError
 from moe.routing.balance import update_bias
+from moe.routing.router import Router
 from moe.routing.selection import choices, gather, select
 from moe.routing.types import Routing, Scalar, State
 
@@ -19,9 +20,7 @@ def route(
     valid: Bool[Array, "B S"],
     *,
     k: int,
-    key: PRNGKeyArray | None = None,
     state: State | None = None,
-    token_ids: Int[Array, "B S"] | None = None,
     groups: int = 1,
     groups_kept: int = 1,
     scale: Scalar = 1.0,
@@ -40,9 +39,7 @@ def route(
         logits: float32 `[B S E]`.
         valid: `[B S]`, True for a real token.
         k: experts a token.
-        key: not used.
         state: `{"bias": float32 [E]}`; None stands for zeros. Gets no gradient.
-        token_ids: not used.
         groups: groups of neighbouring experts, a divisor of E (the paper's 8 nodes).
         groups_kept: groups that a token may reach (the paper's 4).
         scale: the sum of a token's gates (the paper's 2.5); may be traced.
@@ -50,7 +47,6 @@ def route(
     Returns:
         The decision; `probs` is `s / sum(s)`, as the sequence-wise balance loss wants it.
     """
-    del key, token_ids
     log_score = jax.nn.log_sigmoid(logits)
     biased = jnp.exp(log_score) + (0.0 if state is None else state["bias"][None, None])
     expert = select(keep_groups(biased, groups, groups_kept), k)
@@ -60,15 +56,18 @@ def route(
 
 
 def keep_groups(
-    scores: Float[Array, "B S E"], groups: int, groups_kept: int
+    scores: Float[Array, "B S E"], groups: int, groups_kept: int, best: int = 2
 ) -> Float[Array, "B S E"]:
-    """Sets to -inf the scores of all experts outside the `groups_kept` best groups of a token."""
+    """Sets to -inf the scores of all experts outside the `groups_kept` best groups of a token.
+
+    A group is judged by the sum of its `best` largest scores: two here, one in DeepSeek-V2.
+    """
     if groups_kept == groups:
         return scores
     B, S, E = scores.shape
     grouped = jax.lax.stop_gradient(scores).reshape(B, S, groups, E // groups)
-    best_two = jax.lax.top_k(grouped, min(2, E // groups))[0]
-    kept = select(best_two.sum(axis=-1), groups_kept)
+    largest = jax.lax.top_k(grouped, min(best, E // groups))[0]
+    kept = select(largest.sum(axis=-1), groups_kept)
     mask = jax.nn.one_hot(kept, groups, dtype=bool).any(axis=-2)  # [B S G]
     return jnp.where(jnp.repeat(mask, E // groups, axis=-1), scores, -jnp.inf)
 
@@ -124,3 +123,17 @@ def check(
             f"{groups_kept * size} experts, fewer than router.k={k}; keep at least "
             f"{-(-k // size)} groups or lower router.k."
         )
+
+
+ROUTER = Router(
+    route,
+    paper="DeepSeek-AI 2024, arXiv:2412.19437; Wang et al. 2024, arXiv:2408.15664",
+    equation="S = top-k of sigmoid(l) + b in the kept groups, gate = alpha s_i / sum_S s_j",
+    cost="D E + k experts",
+    use="Balance without a balance loss in the way of the task: many fine experts, long training.",
+    check=check,
+    stateful=True,
+    traced=("scale", "bias_rate", "bias_centering"),
+    init_state=init_state,
+    update_state=update_state,
+)

@@ -1,5 +1,7 @@
 """Gates: what a router learns. Tokens in, a logit for each expert out, always float32."""
 
+from typing import Any, NamedTuple
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -8,12 +10,45 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from moe.routing.types import Scalar
 
 
+class Gated(NamedTuple):
+    """What a gate says of every token."""
+
+    logits: Float[Array, "B S E"]  # float32
+    inputs: dict[str, Array] = {}  # noqa: RUF012 - further arguments of `route`, by name
+    memory: Any = None  # handed to the gate of the next sparse layer: recurrence over depth
+
+
+def jittered(
+    tokens: Float[Array, "B S D"], jitter: Scalar, key: PRNGKeyArray
+) -> Float[Array, "B S D"]:
+    """Multiplies each element by `u ~ U[1 - jitter, 1 + jitter]` (Fedus et al. 2022, section 2.2).
+
+    For the input of a gate only: experts see clean tokens.
+
+    Args:
+        tokens: `[B S D]`, any float type.
+        jitter: relative noise; may be traced; 0 changes nothing.
+        key: noise key.
+
+    Returns:
+        float32 `[B S D]`.
+    """
+    noise = jax.random.uniform(key, tokens.shape, minval=-1.0, maxval=1.0)
+    return tokens.astype(jnp.float32) * (1.0 + jitter * noise)
+
+
+def project(tokens: Float[Array, "B S D"], kernel: Float[Array, "D X"]) -> Float[Array, "B S X"]:
+    """`tokens @ kernel` in float32 at the highest precision.
+
+    A choice between two experts hangs on differences that bfloat16 cannot hold (Fedus et al. 2022,
+    section 2.4, "selective precision").
+    """
+    tokens = tokens.astype(jnp.float32)
+    return jnp.einsum("bsd,dx->bsx", tokens, kernel, precision=jax.lax.Precision.HIGHEST)
+
+
 class LinearGate(nnx.Module):
     """`logits = tokens @ kernel`, with no bias.
-
-    The product runs in float32 at the highest precision, because a choice between two experts
-    hangs on differences that bfloat16 cannot hold (Fedus et al. 2022, section 2.4, "selective
-    precision").
 
     Args:
         width: model width `D`.
@@ -32,28 +67,6 @@ class LinearGate(nnx.Module):
         kernel = init(rngs.params(), (width, num_experts), jnp.float32)
         self.kernel = nnx.Param(kernel, axes=("D", "E"))
 
-    def __call__(
-        self,
-        tokens: Float[Array, "B S D"],
-        *,
-        jitter: Scalar = 0.0,
-        key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "B S E"]:
-        """Scores every expert for every token.
-
-        Args:
-            tokens: `[B S D]`, any float type. Read only: noise stays inside the gate, so that
-                experts see clean tokens.
-            jitter: the gate sees `tokens * u`, `u ~ U[1 - jitter, 1 + jitter]` for each element
-                (Fedus et al. 2022, section 2.2). May be traced; 0 equals no jitter.
-            key: noise key; None turns jitter off, as evaluation does.
-
-        Returns:
-            Logits, float32 `[B S E]`.
-        """
-        tokens = tokens.astype(jnp.float32)
-        if key is not None:
-            noise = jax.random.uniform(key, tokens.shape, minval=-1.0, maxval=1.0)
-            tokens = tokens * (1.0 + jitter * noise)
-        kernel = self.kernel[...]
-        return jnp.einsum("bsd,de->bse", tokens, kernel, precision=jax.lax.Precision.HIGHEST)
+    def __call__(self, tokens: Float[Array, "B S D"]) -> Gated:
+        """Scores every expert for every token; the product runs in float32 (`project`)."""
+        return Gated(project(tokens, self.kernel[...]))

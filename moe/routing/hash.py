@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 import numpy as np
 
 from moe.errors import ConfigError
+from moe.routing.router import Router
 from moe.routing.selection import choices
 from moe.routing.types import Routing, State
 
@@ -20,7 +21,6 @@ def route(
     valid: Bool[Array, "B S"],
     *,
     k: int,
-    key: PRNGKeyArray | None = None,
     state: State | None = None,
     token_ids: Int[Array, "B S"] | None = None,
 ) -> Routing:
@@ -30,7 +30,6 @@ def route(
         logits: only the shape `[B S E]` is read; a layer without a gate passes zeros.
         valid: `[B S]`, True for a real token.
         k: experts a token, the width of the table.
-        key: not used.
         state: `{"table": int32 [V K]}`.
         token_ids: int32 `[B S]`, ids of the input tokens. The id of the next token would leak
             the target. Ids outside the table use its nearest end.
@@ -41,7 +40,6 @@ def route(
     Raises:
         ValueError: no table, no ids, or a table of another width.
     """
-    del key
     if state is None or token_ids is None:
         raise ValueError("hash routing needs its table (state) and token_ids")
     if state["table"].shape[-1] != k:
@@ -107,12 +105,6 @@ def balanced_table(
     return jnp.zeros_like(chosen).at[order].set(label[chosen])
 
 
-def update_state(state: State, counts: Shaped[Array, "*L E"]) -> State:
-    """Returns the table as it is: it never changes."""
-    del counts
-    return state
-
-
 def check(num_experts: int, *, k: int, kind: str = "random") -> None:
     """Refuses unknown tables.
 
@@ -122,3 +114,16 @@ def check(num_experts: int, *, k: int, kind: str = "random") -> None:
     del num_experts, k
     if kind not in KINDS:
         raise ConfigError(f"router.kind={kind!r} is not one of {', '.join(KINDS)}; choose one.")
+
+
+ROUTER = Router(
+    route,
+    paper="Roller et al. 2021, arXiv:2106.04426",
+    equation="S = table[token id], gate = 1/k",
+    cost="k experts",
+    use="The second control: routing that knows which token it is and has learned nothing.",
+    check=check,
+    gate=None,
+    stateful=True,
+    init_state=init_state,
+)

@@ -8,6 +8,8 @@ microbatches of a step sum to the value of the whole batch, whatever their sizes
 All arguments are arrays in the global view: under jit their sums already span every device.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
@@ -16,16 +18,18 @@ from moe.errors import ConfigError
 from moe.routing.types import LayerReport, Scalar
 
 SCOPES = ("sequence", "microbatch", "global")
+COUNTS = ("all", "first")
 
 Total = Scalar | Shaped[Array, ""]  # a count, of any type
 
 
 def balance_loss(
     report: LayerReport,
-    scope: str,
+    scope: str = "global",
     *,
     total_tokens: Total,
     global_counts: Shaped[Array, "L E"] | None = None,
+    counts: str = "all",
 ) -> Float[Array, ""]:
     """Load balance: `E * sum_e f_e P_e`, 1 at balance, E when one expert takes all.
 
@@ -45,7 +49,9 @@ def balance_loss(
         report: stacked over layers, leading `L`.
         scope: one of `SCOPES`.
         total_tokens: valid tokens of the whole step, all microbatches together.
-        global_counts: choices of each expert in each layer over the whole step.
+        global_counts: what f counts, in each layer over the whole step.
+        counts: which choices f counts: `all`, or the `first` of each token (GShard and its
+            descendants).
 
     Returns:
         This report's part of the loss.
@@ -54,10 +60,11 @@ def balance_loss(
         ConfigError: an unknown scope.
     """
     E = report.row_probs.shape[-1]
+    rows = counted(report, counts)
     if scope == "sequence":
-        f = fractions(report.row_requested)  # [L B E]
+        f = fractions(rows)  # [L B E]
     elif scope == "microbatch" or (scope == "global" and global_counts is None):
-        f = fractions(report.row_requested.sum(axis=1, keepdims=True))  # [L 1 E]
+        f = fractions(rows.sum(axis=1, keepdims=True))  # [L 1 E]
     elif scope == "global":
         f = fractions(jnp.asarray(global_counts, jnp.float32)[:, None])  # [L 1 E]
     else:
@@ -66,6 +73,32 @@ def balance_loss(
         )
     per_layer = E * (f * report.row_probs).sum(axis=(1, 2))
     return per_layer.mean() / jnp.maximum(total_tokens, 1)
+
+
+def counted(report: LayerReport, counts: str) -> Float[Array, "L B E"]:
+    """The choices that a balance loss counts.
+
+    Raises:
+        ConfigError: `counts` is not one of `COUNTS`.
+    """
+    if counts not in COUNTS:
+        raise ConfigError(
+            f"losses.balance_counts={counts!r} is not one of {', '.join(COUNTS)}; choose one."
+        )
+    return report.row_first if counts == "first" else report.row_requested
+
+
+def term_loss(name: str) -> Callable[..., Float[Array, ""]]:
+    """The loss that is the mean, over tokens and sparse layers, of a term a router reports itself.
+
+    Args:
+        name: a key of `row_terms`, one number for each token.
+    """
+
+    def loss(report: LayerReport, *, total_tokens: Total) -> Float[Array, ""]:
+        return report.row_terms[name].sum(axis=1).mean() / jnp.maximum(total_tokens, 1)
+
+    return loss
 
 
 def z_loss(report: LayerReport, *, total_tokens: Total) -> Float[Array, ""]:

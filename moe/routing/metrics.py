@@ -30,6 +30,7 @@ class Totals(NamedTuple):
     margin: Float[AnyArray, " L"]
     lse_squared: Float[AnyArray, " L"]
     logit_max: Float[AnyArray, " L"]  # the one maximum among sums
+    terms: dict[str, Any] = {}  # noqa: RUF012 - sums of a router's own terms, [L ...]
 
 
 def totals(report: LayerReport) -> Totals:
@@ -48,6 +49,7 @@ def totals(report: LayerReport) -> Totals:
         margin=report.row_margin.sum(axis=1),
         lse_squared=report.row_lse_squared.sum(axis=1),
         logit_max=report.logit_max,
+        terms={name: value.sum(axis=1) for name, value in report.row_terms.items()},
     )
 
 
@@ -101,7 +103,8 @@ def summarize(sums: Totals) -> dict[str, Any]:
     """Turns totals into the `routing/*` entries of a metrics record.
 
     Load is what routers asked for, before drops; `drop_rate` is dropped over asked choices. Token
-    averages (`entropy` in nats, `confidence`, `margin`, `lse_squared`) are over valid tokens.
+    averages (`entropy` in nats, `confidence`, `margin`, `lse_squared`, `choices`, and `terms/*`, a
+    router's own) are over valid tokens.
 
     Args:
         sums: of one step or of a whole split, from devices or from `collect`.
@@ -120,7 +123,9 @@ def summarize(sums: Totals) -> dict[str, Any]:
         "margin": sums.margin / tokens,
         "logit_max": sums.logit_max,
         "lse_squared": sums.lse_squared / tokens,
+        "choices": requested / tokens,
     }
+    layers |= {f"terms/{n}": v / tokens for n, v in sums.terms.items() if v.ndim == 1}
     means = {f"routing/{name}": float(value.mean()) for name, value in layers.items()}
     lists = {f"routing/per_layer/{name}": value.tolist() for name, value in layers.items()}
     return means | lists | {"routing/load": load(sums.requested).tolist()}

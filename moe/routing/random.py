@@ -6,10 +6,11 @@ its consistency loss.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from moe.routing.router import Router
 from moe.routing.selection import choices, select
-from moe.routing.types import Routing, State
+from moe.routing.types import Routing
 
 
 def route(
@@ -18,8 +19,6 @@ def route(
     *,
     k: int,
     key: PRNGKeyArray | None = None,
-    state: State | None = None,
-    token_ids: Int[Array, "B S"] | None = None,
 ) -> Routing:
     """Sends each token to `k` different experts drawn uniformly, with gate 1/k each.
 
@@ -29,8 +28,6 @@ def route(
         k: experts a token.
         key: needed in training and in evaluation. A draw depends on the key and on the token's
             place in the batch, not on any content.
-        state: not used.
-        token_ids: not used.
 
     Returns:
         The decision; `logits` are zeros and `probs` uniform, so a balance loss is constant.
@@ -38,10 +35,20 @@ def route(
     Raises:
         ValueError: no key.
     """
-    del state, token_ids
     if key is None:
         raise ValueError("random routing draws in training and in evaluation: pass a key")
     logits = jnp.zeros_like(logits)
     expert = select(jax.random.uniform(key, logits.shape), k)  # the k largest of E fair draws
     gate = jnp.full(expert.shape, 1.0 / k)
     return Routing(logits, jax.nn.softmax(logits), choices(expert, gate, valid))
+
+
+ROUTER = Router(
+    route,
+    paper="Zuo et al. 2022, arXiv:2110.04260 (its choice, drawn for each token)",
+    equation="S = k experts drawn uniformly without replacement, gate = 1/k",
+    cost="k experts",
+    use="The control: a learned router must beat it to claim anything.",
+    gate=None,
+    needs_key_in_eval=True,
+)

@@ -5,11 +5,12 @@ weight 1e-2, which is the loss's.
 """
 
 import jax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float
 
 from moe.errors import ConfigError
+from moe.routing.router import Router
 from moe.routing.selection import choices, gather, select
-from moe.routing.types import Routing, State
+from moe.routing.types import Routing
 
 
 def route(
@@ -17,9 +18,6 @@ def route(
     valid: Bool[Array, "B S"],
     *,
     k: int = 1,
-    key: PRNGKeyArray | None = None,
-    state: State | None = None,
-    token_ids: Int[Array, "B S"] | None = None,
 ) -> Routing:
     """Sends each token to its most probable expert.
 
@@ -30,14 +28,11 @@ def route(
         logits: float32 `[B S E]`.
         valid: `[B S]`, True for a real token.
         k: always 1.
-        key: not used.
-        state: not used.
-        token_ids: not used.
 
     Returns:
         The decision, with K = 1.
     """
-    del k, key, state, token_ids
+    del k
     probs = jax.nn.softmax(logits)
     expert = select(logits, 1)
     return Routing(logits, probs, choices(expert, gather(probs, expert), valid))
@@ -55,3 +50,13 @@ def check(num_experts: int, *, k: int) -> None:
             f"router.k={k} with router.name='switch': Switch sends a token to exactly one expert. "
             "Set router.k=1, or router.name='topk' for more."
         )
+
+
+ROUTER = Router(
+    route,
+    paper="Fedus, Zoph and Shazeer 2022, arXiv:2101.03961",
+    equation="i = argmax p, gate = p_i, p = softmax(x W)",
+    cost="D E + 1 expert",
+    use="One expert a token: the cheapest learned routing, and the reference for every other.",
+    check=check,
+)

@@ -1,95 +1,18 @@
 """The table of routers: a new one is a file, a row here, and nothing else."""
 
-from collections.abc import Callable
 import difflib
-import inspect
-from typing import Any, NamedTuple
-
-from jaxtyping import Array, PRNGKeyArray, Shaped
-import numpy as np
+from typing import Any
 
 from moe.errors import ConfigError
 from moe.routing import deepseek_v3, hash, random, switch, topk
-from moe.routing.types import Routing, State
-
-# Parameters that every router's functions share; whatever else they take is an option of its own.
-_SHARED = {"logits", "valid", "k", "key", "state", "token_ids"}
-_SHARED |= {"num_experts", "vocab_size", "token_counts", "counts"}
-
-
-def no_state(
-    num_experts: int,
-    vocab_size: int,
-    k: int,
-    key: PRNGKeyArray,
-    token_counts: Shaped[np.ndarray, " V"] | None = None,
-) -> State:
-    """The state of a router that has none: an empty dict."""
-    del num_experts, vocab_size, k, key, token_counts
-    return {}
-
-
-def keep_state(state: State, counts: Shaped[Array, "*L E"]) -> State:
-    """The update of a router without state."""
-    del counts
-    return state
-
-
-def no_check(num_experts: int, *, k: int) -> None:
-    """The check of a router without options of its own."""
-    del num_experts, k
-
-
-class Router(NamedTuple):
-    """One way to choose experts, and what the rest of the framework must know about it.
-
-    `route(logits, valid, *, k, key, state, token_ids, **options) -> Routing` is pure.
-    `init_state(num_experts, vocab_size, k, key, token_counts=None, **options) -> State` makes one
-    layer's state and may be traced and vmapped over `key`.
-    `update_state(state, counts, **options) -> State` runs once for each optimiser step, on counts
-    `[... E]` of the global batch; its options and those named in `traced` may be traced.
-    `check(num_experts, *, k, **options)` raises `ConfigError` for what `route` cannot do.
-    """
-
-    route: Callable[..., Routing]
-    paper: str
-    check: Callable[..., None] = no_check
-    learned: bool = True  # has a gate; otherwise the layer passes zero logits
-    causality: str = "C0"  # C0: a token's choice depends on that token alone; C3: on later ones
-    fixed_k: bool = True
-    needs_key_in_eval: bool = False
-    needs_token_ids: bool = False
-    stateful: bool = False
-    traced: tuple[str, ...] = ()  # options that may be traced scalars
-    init_state: Callable[..., State] = no_state
-    update_state: Callable[..., State] = keep_state
-
+from moe.routing.router import Router, parameters_of, pick_inputs, pick_options
 
 ROUTERS: dict[str, Router] = {
-    "switch": Router(switch.route, "Fedus et al. 2022, arXiv:2101.03961", switch.check),
-    "topk": Router(topk.route, "Jiang et al. 2024, arXiv:2401.04088; arXiv:2409.02060", topk.check),
-    "deepseek_v3": Router(
-        deepseek_v3.route,
-        "DeepSeek-AI 2024, arXiv:2412.19437",
-        deepseek_v3.check,
-        stateful=True,
-        traced=("scale", "bias_rate", "bias_centering"),
-        init_state=deepseek_v3.init_state,
-        update_state=deepseek_v3.update_state,
-    ),
-    "random": Router(
-        random.route, "Zuo et al. 2022, arXiv:2110.04260", learned=False, needs_key_in_eval=True
-    ),
-    "hash": Router(
-        hash.route,
-        "Roller et al. 2021, arXiv:2106.04426",
-        hash.check,
-        learned=False,
-        needs_token_ids=True,
-        stateful=True,
-        init_state=hash.init_state,
-        update_state=hash.update_state,
-    ),
+    "switch": switch.ROUTER,
+    "topk": topk.ROUTER,
+    "deepseek_v3": deepseek_v3.ROUTER,
+    "random": random.ROUTER,
+    "hash": hash.ROUTER,
 }
 
 
@@ -107,24 +30,9 @@ def find_router(name: str) -> Router:
     )
 
 
-def options_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """Returns the options, with defaults, that one function of a router takes."""
-    parameters = inspect.signature(function).parameters.items()
-    return {name: p.default for name, p in parameters if name not in _SHARED}
-
-
 def router_options(name: str) -> dict[str, Any]:
     """Returns every option of a router with its default, read from its signatures."""
-    router = find_router(name)
-    options: dict[str, Any] = {}
-    for function in (router.route, router.init_state, router.update_state):
-        options |= options_of(function)
-    return options
-
-
-def pick_options(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Returns the part of a router's options that is meant for `function`."""
-    return {name: options[name] for name in options_of(function) if name in options}
+    return find_router(name).options
 
 
 def check_router(
@@ -134,23 +42,27 @@ def check_router(
     k: int,
     jitter: float = 0.0,
     training: bool = True,
+    sequence_length: int | None = None,
+    batch_size: int | None = None,
     **options: Any,
 ) -> None:
     """Checks a `router` config section against the number of experts, before anything compiles.
 
     Args:
         name: a key of `ROUTERS`.
-        num_experts: `model.num_experts`.
+        num_experts: experts that the router chooses among.
         k: experts a token.
         jitter: input noise of the gate.
         training: whether the gate must learn; without, k = 1 needs no gradient.
+        sequence_length: positions of a row; None leaves out the checks that need it.
+        batch_size: rows of a batch, as above.
         options: the router's own options.
 
     Raises:
         ConfigError: an unknown name or option, or numbers that cannot work together.
     """
     router = find_router(name)
-    known = router_options(name)
+    known = router.options
     for option in options:
         if option not in known:
             raise ConfigError(
@@ -173,9 +85,42 @@ def check_router(
             "noise to act on. Set router.jitter=0.0."
         )
     if training or k > 1:
-        router.check(num_experts, k=k, **pick_options(router.check, options))
+        known_facts = {"sequence_length": sequence_length, "batch_size": batch_size}
+        facts = pick_inputs(router.check, known_facts)
+        named = {n: v for n, v in options.items() if n in parameters_of(router.check)}
+        router.check(num_experts, k=k, **facts, **named)
+
+
+def check_causal(name: str) -> None:
+    """Refuses a router through which a token of a language model would see later ones.
+
+    Raises:
+        ConfigError: the router is C3.
+    """
+    router = find_router(name)
+    if router.causality == "C3":
+        form = (
+            "its evaluation form is causal, and the causal gap between the two is then reported"
+            if router.causal_in_eval
+            else "it has no causal form: its loss is not that of a model that can generate"
+        )
+        raise ConfigError(
+            f"router.name={name!r} is noncausal (C3): in training, which expert a token gets depends "
+            f"on later tokens, so a language model sees its future. Set allow_noncausal=True ({form}), "
+            "choose another router, or another task (task.name='classify')."
+        )
 
 
 def _nearest(name: str, known: dict[str, Any]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+__all__ = [
+    "ROUTERS",
+    "check_causal",
+    "check_router",
+    "find_router",
+    "pick_options",
+    "router_options",
+]

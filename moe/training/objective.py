@@ -21,15 +21,27 @@ class RowSums(NamedTuple):
     bytes: Float[Any, "*B"]  # UTF-8 bytes that the targets stand for
 
 
-def forward_rows(
+class Forward(NamedTuple):
+    """What one forward pass tells of a batch."""
+
+    rows: RowSums
+    reports: LayerReport | None  # None for a dense model
+    terms: dict[str, Float[Array, "B S"]]  # of the layers themselves, mean over layers
+    nll: Float[
+        Array, "B S"
+    ]  # of each token, 0 at padding; of a classifier the row's, at every token
+    logits: Float[Array, "B *S V"]
+
+
+def forward(
     skeleton: Skeleton,
     params: Any,
     router: Any,
     batch: Batch,
     call: Call,
     token_bytes: Int[Array, " V"],
-) -> tuple[RowSums, LayerReport | None]:
-    """Predicts every valid token of the batch.
+) -> Forward:
+    """Predicts every valid token of the batch; of a classifier, the domain of every row.
 
     Args:
         skeleton: the model without its numbers.
@@ -38,20 +50,52 @@ def forward_rows(
         batch: packed rows.
         call: dispatch and noise; its tokens and mask are those of the batch.
         token_bytes: bytes that each id stands for.
-
-    Returns:
-        Row sums, and the reports of the sparse layers (None for a dense model).
     """
     model = bind(skeleton, params, router)
     out = model(batch.positions, batch.segments, call)
-    nll = optax.softmax_cross_entropy_with_integer_labels(out.logits, batch.targets)
-    hit = out.logits.argmax(axis=-1) == batch.targets
-    sizes = token_bytes[batch.targets]
+    if out.logits.ndim == 2:
+        rows, nll = _classified(out.logits, batch)
+    else:
+        rows, nll = _predicted(out.logits, batch, token_bytes)
+    return Forward(rows, out.reports, out.terms, nll, out.logits)
+
+
+def _predicted(
+    logits: Float[Array, "B S V"], batch: Batch, token_bytes: Int[Array, " V"]
+) -> tuple[RowSums, Float[Array, "B S"]]:
     valid = batch.valid
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+    nll = jnp.where(valid, nll, 0.0)
+    hit = logits.argmax(axis=-1) == batch.targets
+    sizes = token_bytes[batch.targets]
     rows = RowSums(
-        jnp.where(valid, nll, 0.0).sum(axis=1),
+        nll.sum(axis=1),
         jnp.where(valid, hit, 0).sum(axis=1).astype(jnp.float32),
         valid.sum(axis=1).astype(jnp.float32),
         jnp.where(valid, sizes, 0).sum(axis=1).astype(jnp.float32),
     )
-    return rows, out.reports
+    return rows, nll
+
+
+def _classified(logits: Float[Array, "B M"], batch: Batch) -> tuple[RowSums, Float[Array, "B S"]]:
+    """One prediction a row; it has no bytes."""
+    seen = batch.valid.any(axis=1)
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch.domain)
+    nll = jnp.where(seen, nll, 0.0)
+    hit = (logits.argmax(axis=-1) == batch.domain) & seen
+    count = seen.astype(jnp.float32)
+    rows = RowSums(nll, hit.astype(jnp.float32), count, jnp.zeros_like(count))
+    return rows, jnp.where(batch.valid, nll[:, None], 0.0)
+
+
+def forward_rows(
+    skeleton: Skeleton,
+    params: Any,
+    router: Any,
+    batch: Batch,
+    call: Call,
+    token_bytes: Int[Array, " V"],
+) -> tuple[RowSums, LayerReport | None]:
+    """Row sums and the reports of the sparse layers; arguments as for `forward`."""
+    done = forward(skeleton, params, router, batch, call, token_bytes)
+    return done.rows, done.reports

@@ -26,10 +26,12 @@ from moe.errors import DataError
 from moe.evaluation.evaluate import EvalStep, Evaluation, evaluate, make_eval_step
 from moe.model.build import model_spec
 from moe.model.experts import EXPERT_SPECS
-from moe.model.transformer import ModelSpec
+from moe.model.spec import KINDS, ModelSpec
 from moe.parallel.mesh import batch_shards, make_mesh
 from moe.parallel.rules import BATCH_SPEC
-from moe.routing.table import ROUTERS, pick_options
+from moe.routing.loss_table import LOSSES, active_losses
+from moe.routing.router import pick_options
+from moe.routing.table import ROUTERS, check_causal
 from moe.training import optimizer as optimizer_lib
 from moe.training import throughput
 from moe.training.state import Skeleton, TrainState, make_skeleton, state_shardings
@@ -70,15 +72,21 @@ def set_up(
     """
     mesh = make_mesh(**config.mesh)
     _check_batch(config, mesh)
-    if "sparse" in config.model.pattern:
+    if any(KINDS[kind] for kind in config.model.pattern):
         # Fails before the data is prepared; the real vocabulary is not needed for the checks.
         model_spec(config, vocab_size=1, training=training)
         check_experts(config.model.num_experts, mesh.shape[EXPERT])
+        if not config.allow_noncausal and config.task.name == "language":
+            check_causal(config.router.name)
     if data is None:
         data = make_data(config.data, seed=config.seed, tokenizer=tokenizer)
         _check_same_data(data.fingerprint)
     spec = model_spec(
-        config, data.tokenizer.vocab_size, _token_counts(config, data), training=training
+        config,
+        data.tokenizer.vocab_size,
+        _token_counts(config, data),
+        classes=len(data.domains) if config.task.name == "classify" else 0,
+        training=training,
     )
     skeleton = make_skeleton(spec)
     o = config.optimizer
@@ -171,7 +179,7 @@ def jit_train_step(run: Run):
         ),
         optimizer_lib.decay_mask(run.skeleton.params),
         run.token_bytes,
-        run.config.losses.balance_scope,
+        active_losses(run.config.losses.to_dict(), learned=_learns_routing(run.spec)),
         o.accumulation,
         run.config.router.jitter > 0,
     )
@@ -207,14 +215,16 @@ def hyper(run: Run) -> Hyper:
         learning_rate=c.optimizer.learning_rate,
         weight_decay=c.optimizer.weight_decay,
         clip_norm=c.optimizer.clip_norm,
-        balance=c.losses.balance,
-        sequence_balance=c.losses.sequence_balance,
-        z=c.losses.z,
+        losses={name: c.losses[name] for name in LOSSES},
         jitter=c.router.jitter,
         dropout=c.model.dropout,
         update_options=pick_options(update, c.router.to_dict()),
     )
     return jax.tree.map(lambda number: np.float32(number), values)
+
+
+def _learns_routing(spec: ModelSpec) -> bool:
+    return spec.sparse_layers > 0 and spec.router.row.learned
 
 
 def process_block(mesh: Mesh, rows: int) -> tuple[int, int]:

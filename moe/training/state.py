@@ -10,7 +10,8 @@ from jaxtyping import Array, Int, Key
 import optax
 
 from moe.model.layer import RouterState
-from moe.model.transformer import ModelSpec, Transformer
+from moe.model.spec import ModelSpec
+from moe.model.transformer import Transformer
 from moe.parallel.rules import parameter_shardings
 
 

@@ -12,13 +12,16 @@ import optax
 from moe.data.types import Batch
 from moe.dispatch.types import Dispatch
 from moe.model.layer import Call
-from moe.model.transformer import ModelSpec
+from moe.model.spec import ModelSpec
 from moe.parallel.rules import constrain_batch
-from moe.routing import losses, metrics
+from moe.routing import metrics
+from moe.routing.loss_table import Active, compute
+from moe.routing.losses import counted
+from moe.routing.router import pick_inputs
 from moe.routing.table import ROUTERS
-from moe.routing.types import LayerReport, Scalar
+from moe.routing.types import Scalar
 from moe.training import optimizer as optimizer_lib
-from moe.training.objective import RowSums, forward_rows
+from moe.training.objective import Forward, RowSums, forward, forward_rows
 from moe.training.state import Skeleton, TrainState
 
 
@@ -28,12 +31,10 @@ class Hyper(NamedTuple):
     learning_rate: Scalar
     weight_decay: Scalar
     clip_norm: Scalar
-    balance: Scalar
-    sequence_balance: Scalar
-    z: Scalar
+    losses: dict[str, Scalar]  # weights, by name of the loss
     jitter: Scalar
     dropout: Scalar
-    update_options: dict[str, Scalar]  # of the router's state update
+    update_options: dict[str, Any]  # of the router's state update
 
 
 class StepMetrics(NamedTuple):
@@ -50,6 +51,7 @@ class Scale(NamedTuple):
     """What makes the losses of microbatches add up to the loss of the batch."""
 
     tokens: Float[Array, ""]  # valid tokens of the global batch
+    predictions: Float[Array, ""]  # what the cross-entropy is a mean over: tokens, or rows
     rows: Float[Array, ""]  # rows with a valid token of the global batch
     counts: Float[Array, "L E"] | None  # global choice counts; None: those of the microbatch
 
@@ -72,14 +74,15 @@ class Plan(NamedTuple):
     schedule: optax.Schedule  # fraction of the peak learning rate by step
     decay: PyTree  # which parameters decay
     token_bytes: Int[Array, " V"]  # bytes that each token id stands for
-    balance_scope: str  # of the balance loss, see `losses.balance_loss`
+    losses: tuple[Active, ...]  # on routing, see `loss_table.active_losses`
     accumulation: int  # microbatches
     jitter: bool  # whether the gate's input is noisy at all
 
     @property
-    def learned(self) -> bool:
-        """Whether there is a router to lose anything on."""
-        return self.spec.sparse_layers > 0 and ROUTERS[self.spec.router.name].learned
+    def counted(self) -> str | None:
+        """What the balance loss counts over the whole step before the microbatches; None: nothing."""
+        options = next((dict(a.options) for a in self.losses if a.name == "balance"), {})
+        return options["counts"] if options.get("scope") == "global" else None
 
 
 TrainStep = Callable[[TrainState, Batch, Key[Array, ""], Hyper], tuple[TrainState, StepMetrics]]
@@ -112,7 +115,8 @@ def train_step(
         weight_decay=hyper.weight_decay,
         clip_norm=hyper.clip_norm,
     )
-    router = update_router(plan.spec, state.router, aux.totals, hyper.update_options)
+    cost = aux.losses["cross_entropy"]
+    router = update_router(plan.spec, state.router, aux.totals, cost, hyper.update_options)
     told = StepMetrics(aux.rows, aux.losses, new.learning_rate, new.grad_norm, aux.totals)
     return TrainState(state.step + 1, new.params, router, new.optimizer), told
 
@@ -128,14 +132,15 @@ def gradients(
     """
     tokens = batch.valid.sum().astype(jnp.float32)
     rows = batch.valid.any(axis=1).sum().astype(jnp.float32)
-    scale = Scale(jnp.maximum(tokens, 1.0), rows, None)
+    predictions = rows if plan.spec.classes else tokens
+    scale = Scale(jnp.maximum(tokens, 1.0), jnp.maximum(predictions, 1.0), rows, None)
     grad = jax.value_and_grad(partial(microbatch_loss, plan), has_aux=True)
     if plan.accumulation == 1:
         (_, aux), grads = grad(state.params, state.router, batch, key, hyper, scale)
         return grads, aux
     parts = jax.tree.map(lambda a: _split(a, plan.accumulation), batch)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(plan.accumulation))
-    if plan.learned and plan.balance_scope == "global":
+    if plan.counted is not None:
         scale = scale._replace(counts=_global_counts(plan, state, parts, keys, hyper))
 
     def one(part: tuple[Batch, Key[Array, ""]]) -> tuple[PyTree, Aux]:
@@ -161,21 +166,21 @@ def microbatch_loss(
     scale: Scale,
 ) -> tuple[Float[Array, ""], Aux]:
     """The part of one microbatch in the loss of the batch."""
-    rows, report = forward_rows(
-        plan.skeleton, params, router, batch, _call(plan, batch, key, hyper), plan.token_bytes
-    )
-    terms = {"cross_entropy": rows.nll.sum() / scale.tokens}
-    if report is not None and plan.learned:
-        terms |= routing_terms(report, plan.balance_scope, scale)
-    total = weigh(terms, hyper)
-    totals = None if report is None else metrics.totals(report)
-    return total, Aux(jax.tree.map(jnp.sum, rows), {**terms, "total": total}, totals)
+    call = _call(plan, batch, key, hyper)
+    done = forward(plan.skeleton, params, router, batch, call, plan.token_bytes)
+    terms = {"cross_entropy": done.rows.nll.sum() / scale.predictions}
+    if done.reports is not None:
+        terms |= routing_terms(plan, done, batch, params, scale)
+    terms |= {name: value.sum() / scale.tokens for name, value in done.terms.items()}
+    total = weigh(terms, hyper.losses)
+    totals = None if done.reports is None else metrics.totals(done.reports)
+    return total, Aux(jax.tree.map(jnp.sum, done.rows), {**terms, "total": total}, totals)
 
 
 def _call(plan: Plan, batch: Batch, key: Key[Array, ""], hyper: Hyper) -> Call:
     dropout = hyper.dropout if plan.spec.dropout > 0 else None
     jitter = hyper.jitter if plan.jitter else None
-    return Call(batch.tokens, batch.valid, plan.dispatch, jitter, dropout, key)
+    return Call(batch.tokens, batch.valid, plan.dispatch, jitter, dropout, key, training=True)
 
 
 def _global_counts(
@@ -190,31 +195,30 @@ def _global_counts(
             plan.skeleton, state.params, state.router, batch, call, plan.token_bytes
         )
         assert report is not None
-        return report.row_requested.sum(axis=1)
+        assert plan.counted is not None
+        return counted(report, plan.counted).sum(axis=1)
 
     return jax.lax.map(counts, (parts, keys)).sum(axis=0)
 
 
-def routing_terms(report: LayerReport, scope: str, scale: Scale) -> dict[str, Float[Array, ""]]:
-    """The unweighted routing losses of a learned router.
-
-    Always all of them, so that what is logged does not depend on the weights.
-    """
-    return {
-        "balance": losses.balance_loss(
-            report,
-            scope,
-            total_tokens=scale.tokens,
-            global_counts=scale.counts,
-        ),
-        "sequence_balance": losses.sequence_balance_loss(report, total_rows=scale.rows),
-        "z": losses.z_loss(report, total_tokens=scale.tokens),
+def routing_terms(
+    plan: Plan, done: Forward, batch: Batch, params: PyTree, scale: Scale
+) -> dict[str, Float[Array, ""]]:
+    """The unweighted routing losses of the run: this microbatch's part."""
+    inputs = {
+        "report": done.reports,
+        "total_tokens": scale.tokens,
+        "total_rows": scale.rows,
+        "global_counts": scale.counts,
+        "k": plan.spec.router.k,
+        "valid": batch.valid,
+        "token_cost": jax.lax.stop_gradient(done.nll),
     }
+    return compute(plan.losses, inputs)
 
 
-def weigh(terms: dict[str, Float[Array, ""]], hyper: Hyper) -> Float[Array, ""]:
-    """Total loss: cross-entropy plus every routing term times its weight."""
-    weights = hyper._asdict()
+def weigh(terms: dict[str, Float[Array, ""]], weights: dict[str, Scalar]) -> Float[Array, ""]:
+    """Total loss: cross-entropy plus every other term times its weight."""
     total = terms["cross_entropy"]
     for name, value in terms.items():
         if name != "cross_entropy":
@@ -236,17 +240,35 @@ def _split(a: Array, parts: int) -> Array:
 
 
 def update_router(
-    spec: ModelSpec, router: Any, totals: metrics.Totals | None, options: dict[str, Any]
+    spec: ModelSpec,
+    router: Any,
+    totals: metrics.Totals | None,
+    cost: Float[Array, ""],
+    options: dict[str, Any],
 ) -> Any:
-    """State of every sparse layer after the step, from the counts of the global batch."""
+    """State of every sparse layer after the step, from the sums of the global batch.
+
+    Args:
+        spec: of the model.
+        router: pure dict of router state.
+        totals: sums of the global batch; None for a dense model.
+        cost: mean cross-entropy of the batch, nats.
+        options: of the router's `update_state`.
+    """
     row = ROUTERS[spec.router.name]
     if totals is None or not row.stateful:
         return router
-    sparse = [i for i, kind in enumerate(spec.pattern) if kind == "sparse"]
-    counts = totals.requested.reshape(spec.repeats, len(sparse), -1)
+    names = spec.sparse_names
+    inputs = {"counts": totals.requested, "tokens": totals.tokens, "stats": totals.terms}
+    inputs = pick_inputs(row.update_state, inputs)
+    by_turn = jax.tree.map(
+        lambda a: jnp.asarray(a).reshape(spec.repeats, len(names), *a.shape[1:]), inputs
+    )
+    named = pick_inputs(row.update_state, {"cost": cost}) | options
     blocks = dict(router["blocks"])
-    for j, i in enumerate(sparse):
-        layer = blocks[f"layer{i}"]
-        state = row.update_state(layer["mlp"]["state"], counts[:, j], **options)
-        blocks[f"layer{i}"] = {**layer, "mlp": {**layer["mlp"], "state": state}}
+    for j, (block, module) in enumerate(names):
+        mine = jax.tree.map(lambda a: a[:, j], by_turn)  # noqa: B023 - used at once
+        layer = blocks[block]
+        state = row.update_state(layer[module]["state"], **mine, **named)
+        blocks[block] = {**layer, module: {**layer[module], "state": state}}
     return {**router, "blocks": blocks}

@@ -12,6 +12,7 @@ import pytest
 from moe.dispatch.capacity import capacity
 from moe.dispatch.grouped import grouped
 from moe.dispatch.reference import reference
+from moe.model.block import Stream
 from moe.model.layer import Call
 from moe.routing.table import ROUTERS
 from moe.training.state import bind
@@ -108,15 +109,15 @@ def test_scan_is_the_layers_in_order():
     def unrolled(params, router):
         whole = bind(model.skeleton, params, router)
         call = Call(batch.tokens, batch.valid, reference)
-        x, reports = whole.embedding[...][batch.tokens], []
+        stream, reports = Stream(whole.embedding[...][batch.tokens]), []
         for stack, turns in ((whole.first, 1), (whole.blocks, 2)):
             graph, state = nnx.split(stack)
             for i in range(turns):
                 turn = nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], state))
                 for block in turn.blocks():
-                    x, report, _ = block(x, batch.positions, batch.segments, call, None, None, None)
-                    reports += [] if report is None else [report]
-        return whole._logits(x), jax.tree.map(lambda *r: jnp.stack(r), *reports)
+                    done = block(stream, batch.positions, batch.segments, call, None, None, None)
+                    stream, reports = done.stream, [*reports, *done.reports]
+        return whole._logits(stream.x, call), jax.tree.map(lambda *r: jnp.stack(r), *reports)
 
     logits, reports = unrolled(model.params, model.router)
     assert scanned.reports.expert.shape == (2, tiny.B, tiny.S, 2)

@@ -1,14 +1,17 @@
 """What the routing tests share: every router under every option that changes what it does."""
 
+from collections.abc import Callable
 import functools
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 import numpy as np
 
 from moe.routing.report import layer_report
-from moe.routing.table import ROUTERS, Router, pick_options
+from moe.routing.router import Router, parameters_of, pick_inputs, pick_options
+from moe.routing.table import ROUTERS
 from moe.routing.types import Choices, LayerReport, Routing, State
 
 VOCAB = 11
@@ -36,10 +39,21 @@ class Case(NamedTuple):
     options: dict[str, Any] = {}  # noqa: RUF012 - never changed
     softmax: bool = True  # probs and gates do not see a shift of a token's logits
     gate_sum: float | None = 1.0  # None: not fixed
+    training: bool = False  # decide as in training, with a key
+    inputs: Callable[[Array], dict[str, Array]] | None = None  # the gate's own inputs, of logits
 
     @property
     def router(self) -> Router:
         return ROUTERS[self.name]
+
+    @property
+    def draws(self) -> bool:
+        """Whether the decision depends on a key."""
+        return self.router.needs_key_in_eval or (self.training and "key" in self._named)
+
+    @property
+    def _named(self) -> dict[str, Any]:
+        return parameters_of(self.router.route)
 
     def state(self, num_experts: int) -> State:
         """State as after some training: a bias that is not zero, a table with ids of its own."""
@@ -47,33 +61,52 @@ class Case(NamedTuple):
 
     # NumPy logits give a NumPy routing: assertions on it then compile nothing.
     def route(
-        self, logits, valid=None, *, state=None, token_ids=None, seed=9, compiled=True
+        self,
+        logits,
+        valid=None,
+        *,
+        state=None,
+        token_ids=None,
+        documents=None,
+        seed=9,
+        compiled=True,
     ) -> Routing:
         B, S, E = logits.shape
+        valid = np.ones((B, S), bool) if valid is None else np.asarray(valid)
         if token_ids is None:
             token_ids = (np.arange(S) * 3 + np.arange(B)[:, None]) % VOCAB
+        documents = valid.astype(np.int32) if documents is None else documents
+        inputs = {
+            "valid": valid,
+            "state": self.state(E) if state is None else state,
+            "token_ids": np.asarray(token_ids, np.int32),
+            "positions": np.broadcast_to(np.arange(S, dtype=np.int32), (B, S)),
+            "documents": np.asarray(documents, np.int32),
+            "modality": np.broadcast_to(np.arange(S, dtype=np.int32) % 2, (B, S)),
+        }
+        inputs = jax.tree.map(jnp.asarray, inputs)
+        if self.draws:
+            inputs["key"] = jax.random.key(seed)
         route = _compiled(self) if compiled else functools.partial(_route, self)
-        routing = route(
-            jnp.asarray(logits),
-            jnp.asarray(np.ones((B, S), bool) if valid is None else valid),
-            jax.random.key(seed) if self.router.needs_key_in_eval else None,
-            jax.tree.map(jnp.asarray, self.state(E) if state is None else state),
-            jnp.asarray(token_ids, jnp.int32) if self.router.needs_token_ids else None,
-        )
+        routing = route(jnp.asarray(logits), inputs)
         return jax.device_get(routing) if isinstance(logits, np.ndarray) else routing
 
     def __hash__(self) -> int:
         return hash(str(self))
 
     def __str__(self) -> str:
-        return "-".join([self.name, *(f"{k}={v}" for k, v in self.options.items()), f"k={self.k}"])
+        options = (f"{name}={value}" for name, value in self.options.items())
+        form = ["training"] if self.training else []
+        return "-".join([self.name, *options, f"k={self.k}", *form])
 
 
-def _route(case, logits, valid, key, state, token_ids) -> Routing:
-    options = pick_options(case.router.route, case.options)
-    return case.router.route(
-        logits, valid, k=case.k, key=key, state=state, token_ids=token_ids, **options
-    )
+def _route(case, logits, inputs) -> Routing:
+    inputs = {**inputs, "training": case.training, "tokens": logits}
+    if case.inputs is not None:
+        inputs |= case.inputs(logits)
+    route = case.router.route
+    named = pick_inputs(route, inputs) | pick_options(route, case.options)
+    return route(logits, k=case.k, **named)
 
 
 @functools.cache
@@ -83,10 +116,10 @@ def _compiled(case):
 
 @functools.cache
 def _state(case, num_experts) -> State:
-    key = jax.random.key(5)
-    options = pick_options(case.router.init_state, case.options)
-    counts = np.arange(VOCAB) ** 2
-    state = case.router.init_state(num_experts, VOCAB, case.k, key, counts, **options)
+    key, make = jax.random.key(5), case.router.init_state
+    facts = {"num_experts": num_experts, "vocab_size": VOCAB, "k": case.k, "key": key}
+    facts |= {"token_counts": np.arange(VOCAB) ** 2, "width": num_experts}
+    state = make(**pick_inputs(make, facts), **pick_options(make, case.options))
     if "bias" in state:
         state["bias"] = 0.3 * jax.random.normal(key, state["bias"].shape)
     return jax.device_get(state)

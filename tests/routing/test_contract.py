@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe.routing.router import pick_inputs
 from moe.routing.table import ROUTERS, check_router
 from tests.routing.cases import CASES, random_logits, report_of
 
@@ -171,7 +172,7 @@ def test_same_key_same_choices_and_other_key_only_if_declared(case):
     np.testing.assert_array_equal(a.expert, b.expert)
     np.testing.assert_array_equal(a.gate, b.gate)
     same = bool((a.expert == c.expert).all())
-    assert same is not case.router.needs_key_in_eval
+    assert same is not case.draws
 
 
 @every_router
@@ -192,8 +193,9 @@ def test_padding_takes_no_choice_and_adds_nothing(case):
     alone = report_of(cut, np.ones((1, 2), bool))
     for field, whole, part in zip(report._fields, report, alone, strict=True):
         if field.startswith("row_"):
-            np.testing.assert_allclose(whole[1], part[0], rtol=1e-5, err_msg=field)
-            assert not np.asarray(whole[2]).any(), field
+            for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):
+                np.testing.assert_allclose(x[1], y[0], rtol=1e-5, err_msg=field)
+                assert not np.asarray(x[2]).any(), field
     assert (report.expert[~valid] == -1).all()
     assert np.isfinite(report.logit_max)
 
@@ -232,20 +234,19 @@ def test_jit_changes_nothing(case):
 
 @every_router
 def test_state_update_keeps_shapes_types_and_layers_apart(case):
-    state = case.state(E)
+    state, update = case.state(E), case.router.update_state
     counts = np.random.default_rng(0).integers(0, 50, (2, E), np.int32)
-    new = case.router.update_state(jax.tree.map(jnp.asarray, state), jnp.asarray(counts[0]))
+    report = report_of(case.route(random_logits()), np.ones((B, S), bool))
+    stats = {name: np.stack([v.sum(0), 2 * v.sum(0)]) for name, v in report.row_terms.items()}
+    facts = {"counts": counts, "tokens": np.array([50, 50]), "stats": stats}
+    facts = jax.tree.map(jnp.asarray, pick_inputs(update, facts))
+    shared = pick_inputs(update, {"cost": jnp.float32(2.0)})
+    first = jax.tree.map(lambda x: x[0], facts)
+    new = update(jax.tree.map(jnp.asarray, state), **first, **shared)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state
     )
     stacked = jax.tree.map(lambda x: jnp.asarray(np.stack([x, 2 * x])), state)
-    both = case.router.update_state(stacked, jnp.asarray(counts))
+    both = update(stacked, **facts, **shared)
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[0], y), both, new)
     assert bool(state) is case.router.stateful
-
-
-@every_router
-def test_state_can_be_made_for_stacked_layers_without_allocating(case):
-    make = jax.vmap(lambda key: case.router.init_state(E, 11, case.k, key, np.arange(11)))
-    shapes = jax.eval_shape(make, jax.random.split(jax.random.key(0), 4))
-    assert all(x.shape[0] == 4 for x in jax.tree.leaves(shapes))

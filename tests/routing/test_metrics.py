@@ -10,7 +10,7 @@ from tests.routing.cases import GOLDEN_LOGITS, GOLDEN_VALID, Case, random_logits
 NAMES = {
     "max_violation", "min_violation", "load_cv", "load_entropy", "effective_experts",
     "effective_experts_inverse_square", "gini", "dead_experts", "drop_rate", "entropy",
-    "confidence", "margin", "logit_max", "lse_squared",
+    "confidence", "margin", "logit_max", "lse_squared", "choices",
 }  # fmt: skip
 totals = jax.jit(metrics.totals)
 TOPK = Case("topk", 3, {"normalize": "renormalize"})
@@ -91,7 +91,7 @@ def test_totals_of_parts_add_up_to_the_whole_on_device_and_on_host():
     ]
     on_device = jax.jit(metrics.add)(*parts)
     on_host = metrics.add(*map(metrics.collect, parts))
-    assert all(x.dtype == np.float64 for x in on_host)
+    assert all(x.dtype == np.float64 for x in jax.tree.leaves(on_host))
     for joined in (on_device, on_host):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), joined, whole)
     assert whole.requested.dtype == np.int32

@@ -78,17 +78,21 @@ def test_counts_are_exact(tokens):
     assert report.row_tokens.tolist() == [tokens]
 
 
-def test_only_probabilities_and_logsumexp_carry_a_gradient():
+def test_sums_carry_a_gradient_where_losses_need_one_and_counts_carry_none():
     logits, valid = jnp.asarray(random_logits()), jnp.ones((3, 6), bool)
+    weight = jnp.arange(8.0)[None]
 
     def fields(x):
         routing = TOPK.route(x)
         report = layer_report(routing, routing.plan.valid, valid)
-        sums = {name: x.sum() for name, x in report._asdict().items() if name != "expert"}
-        return sums | {"row_probs": (report.row_probs * jnp.arange(8.0)[None]).sum()}
+        sums = {name: jax.tree.leaves(x) for name, x in report._asdict().items()}
+        sums = {name: x[0].sum() for name, x in sums.items() if x and name != "expert"}
+        probs, gates = (report.row_probs * weight).sum(), (report.row_gates * weight).sum()
+        return sums | {"row_probs": probs, "row_gates": gates}
 
     gradients = jax.jit(jax.jacrev(fields))(logits)
-    assert np.abs(gradients.pop("row_probs")).max() > 0.1
+    for name in ("row_probs", "row_gates", "row_entropy"):
+        assert np.abs(gradients.pop(name)).max() > 0.1, name
     expected = 2 * jax.nn.logsumexp(logits, -1, keepdims=True) * jax.nn.softmax(logits)
     np.testing.assert_allclose(gradients.pop("row_lse_squared"), expected, rtol=1e-4, atol=1e-6)
     for name, gradient in gradients.items():

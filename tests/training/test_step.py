@@ -12,7 +12,9 @@ from moe.config import ConfigDict
 from moe.data.types import Batch
 from moe.dispatch.reference import reference
 from moe.routing.balance import update_bias
-from moe.routing.table import ROUTERS, pick_options
+from moe.routing.loss_table import LOSSES, active_losses
+from moe.routing.router import pick_options
+from moe.routing.table import ROUTERS
 from moe.training import optimizer
 from moe.training.state import TrainState
 from moe.training.step import Hyper, Plan, StepMetrics, train_step
@@ -37,7 +39,9 @@ class Step(NamedTuple):
     def __call__(
         self, state: TrainState, batch: Batch, **changes: Any
     ) -> tuple[TrainState, StepMetrics]:
-        values = hyper(self.config)._replace(**changes)
+        values = hyper(self.config)
+        weights = {name: changes.pop(name) for name in list(changes) if name in values.losses}
+        values = values._replace(losses=values.losses | weights, **changes)
         return self.run(state, batch, KEY, jax.tree.map(np.float32, values))
 
 
@@ -48,9 +52,7 @@ def hyper(config: ConfigDict) -> Hyper:
         learning_rate=o.learning_rate,
         weight_decay=o.weight_decay,
         clip_norm=o.clip_norm,
-        balance=weights.balance,
-        sequence_balance=weights.sequence_balance,
-        z=weights.z,
+        losses={name: weights[name] for name in LOSSES},
         jitter=config.router.jitter,
         dropout=config.model.dropout,
         update_options=options,
@@ -71,7 +73,7 @@ def make_step(*overrides: str) -> Step:
         ),
         optimizer.decay_mask(model.skeleton.params),
         jnp.ones(tiny.VOCAB, jnp.int32),
-        balance_scope=config.losses.balance_scope,
+        losses=active_losses(config.losses.to_dict(), learned=model.spec.router.row.learned),
         accumulation=o.accumulation,
         jitter=config.router.jitter > 0,
     )
