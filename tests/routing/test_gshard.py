@@ -138,18 +138,20 @@ def test_extreme_logits_and_padding(policy):
     assert (result.plan.valid[valid][:, 0]).all()
 
 
-@pytest.mark.parametrize("policy", gshard.POLICIES)
+@pytest.mark.parametrize("policy", ["random", "sampling"])
 def test_gradient_in_training_is_that_of_the_kept_gates(policy):
     logits = random_logits((1, 16, 4))
     weight = np.random.default_rng(0).normal(size=(1, 16, 2)).astype(np.float32)
     plan = routing(logits, seed=4, policy=policy, threshold=0.4).plan
 
-    def loss(x):
+    @jax.jit
+    @jax.grad
+    def slope_of(x):
         route = compiled(training=True, policy=policy)
         out = route(x, jnp.ones((1, 16), bool), key=jax.random.key(4), threshold=0.4)
         return (out.plan.gate * weight).sum()
 
-    gradient = np.asarray(jax.grad(loss)(jnp.asarray(logits)))
+    gradient = np.asarray(slope_of(jnp.asarray(logits)))
     chosen = np.take_along_axis(logits, plan.expert, -1)
     g2 = 1 / (1 + np.exp(chosen[..., 0] - chosen[..., 1]))
     kept = np.where(plan.valid, weight, 0.0)

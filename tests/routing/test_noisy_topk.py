@@ -194,25 +194,21 @@ def test_gradients_of_terms_equal_finite_differences_in_logits_and_scale(thresho
     assert (np.abs(gradient).max(axis=(1, 2, 3)) > 1e-2).all()
 
 
+@jax.jit
+@functools.partial(jax.value_and_grad, argnums=(0, 1))
+def loss_of_everything(x, scale, noise_std):
+    key, valid = jax.random.key(1), jnp.ones((2, 3), bool)
+    out = noisy_topk.route(x, valid, k=2, noise_scale=scale, key=key, noise_std=noise_std)
+    return out.plan.gate[..., 0].sum() + out.terms["load"].sum() + out.terms["importance"].max()
+
+
 @pytest.mark.parametrize("kind", ["equal", "mixed"])
 @pytest.mark.parametrize("noise_std", [0.0, 1.0])
 def test_extreme_logits_keep_numbers_and_gradients_finite(kind, noise_std):
     mixed = np.sign(random_logits((2, 3, 4))) * np.float32(1e4)
     logits = mixed if kind == "mixed" else np.zeros_like(mixed)
-
-    def loss(x, scale):
-        out = compiled(k=2)(
-            x,
-            jnp.ones((2, 3), bool),
-            noise_scale=scale,
-            key=jax.random.key(1),
-            noise_std=noise_std,
-        )
-        return out.plan.gate[..., 0].sum() + out.terms["load"].sum() + out.terms["importance"].max()
-
-    value, gradient = jax.value_and_grad(loss, argnums=(0, 1))(
-        jnp.asarray(logits), jnp.full(logits.shape, 0.7)
-    )
+    scale = jnp.full(logits.shape, 0.7)
+    value, gradient = loss_of_everything(jnp.asarray(logits), scale, noise_std)
     assert np.isfinite(value)
     assert all(np.isfinite(g).all() for g in gradient)
 
