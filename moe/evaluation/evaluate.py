@@ -12,9 +12,11 @@ import numpy as np
 
 from moe.data.types import Batch
 from moe.dispatch.types import Dispatch
+from moe.evaluation import routing_sums
+from moe.evaluation.routing_sums import RoutingSums
 from moe.model.layer import Call
 from moe.routing import metrics
-from moe.training.objective import RowSums, forward_rows
+from moe.training.objective import RowSums, forward
 from moe.training.state import Skeleton
 
 
@@ -24,6 +26,7 @@ class EvalSums(NamedTuple):
     rows: RowSums  # each [M]
     totals: metrics.Totals | None  # None for a dense model
     domain_requested: Float[Any, "L M E"] | None  # choices by domain, before drops
+    routing: RoutingSums | None = None
 
 
 class Sample(NamedTuple):
@@ -41,30 +44,48 @@ class Evaluation(NamedTuple):
     domains: dict[str, dict[str, float]]
     domain_load: dict[str, list[list[float]]]
     sample: Sample | None
+    tables: dict[str, Any] = {}  # noqa: RUF012 - `routing/<name>`, see `routing_sums.summarize`
 
 
 EvalStep = Callable[[Any, Any, Batch, Key[Array, ""]], tuple[EvalSums, Int[Array, "L S K"] | None]]
 
 
 def make_eval_step(
-    skeleton: Skeleton, dispatch: Dispatch, token_bytes: Int[Array, " V"], domains: int
+    skeleton: Skeleton,
+    dispatch: Dispatch,
+    token_bytes: Int[Array, " V"],
+    domains: int,
+    *,
+    vocabulary: bool = False,
 ) -> EvalStep:
     """Builds `(params, router state, batch, key) -> (sums, experts of the first row)`; jit it.
 
     `key` is used by routers that draw their choices; no other noise is on in evaluation.
+
+    Args:
+        skeleton: the model without its numbers.
+        dispatch: how tokens reach experts.
+        token_bytes: bytes that each id stands for.
+        domains: `M`.
+        vocabulary: counts the choices of every token id too, `[L V E]` for input and predicted ids;
+            of language models only.
     """
 
     def step(
         params: Any, router: Any, batch: Batch, key: Key[Array, ""]
     ) -> tuple[EvalSums, Int[Array, "L S K"] | None]:
         call = Call(batch.tokens, batch.valid, dispatch, key=key)
-        rows, report = forward_rows(skeleton, params, router, batch, call, token_bytes)
+        done = forward(skeleton, params, router, batch, call, token_bytes)
+        report = done.reports
         member = jax.nn.one_hot(batch.domain, domains)  # [B M]
-        by_domain = RowSums(*(jnp.einsum("b,bm->m", x, member) for x in rows))
+        by_domain = RowSums(*(jnp.einsum("b,bm->m", x, member) for x in done.rows))
         if report is None:
             return EvalSums(by_domain, None, None), None
         requested = jnp.einsum("lbe,bm->lme", report.row_requested, member)
-        return EvalSums(by_domain, metrics.totals(report), requested), report.expert[:, 0]
+        logits = done.logits if vocabulary else None
+        routing = routing_sums.routing_sums(report, batch, member, logits)
+        sums = EvalSums(by_domain, metrics.totals(report), requested, routing)
+        return sums, report.expert[:, 0]
 
     return step
 
@@ -107,32 +128,42 @@ def evaluate(
 
 
 def _to_host(sums: EvalSums) -> EvalSums:
-    host = jax.tree.map(lambda a: np.asarray(a, np.float64), jax.device_get(sums))
-    totals = None if sums.totals is None else metrics.collect(sums.totals)
-    return host._replace(totals=totals)
+    host = jax.tree.map(
+        lambda a: np.asarray(a, np.float64), jax.device_get(sums._replace(routing=None))
+    )
+    if sums.totals is None or sums.routing is None:
+        return host
+    return host._replace(
+        totals=metrics.collect(sums.totals), routing=routing_sums.collect(sums.routing)
+    )
 
 
 def _add(a: EvalSums, b: EvalSums) -> EvalSums:
-    added = jax.tree.map(np.add, a, b)
-    if a.totals is None or b.totals is None:
+    added = jax.tree.map(np.add, a._replace(routing=None), b._replace(routing=None))
+    if a.totals is None or b.totals is None or a.routing is None or b.routing is None:
         return added
-    return added._replace(totals=metrics.add(a.totals, b.totals))
+    return added._replace(
+        totals=metrics.add(a.totals, b.totals), routing=routing_sums.add(a.routing, b.routing)
+    )
 
 
 def summarize(sums: EvalSums, domains: tuple[str, ...]) -> Evaluation:
     """Quotients of host sums."""
     values = quality(RowSums(*(np.sum(x) for x in sums.rows)))
-    by_domain, load = {}, {}
+    by_domain, load, tables = {}, {}, {}
     for i, name in enumerate(domains):
         part = RowSums(*(x[i] for x in sums.rows))
         if part.tokens > 0:
             by_domain[name] = quality(part)
     if sums.totals is not None and sums.domain_requested is not None:
         values |= metrics.summarize(sums.totals)
+        if sums.routing is not None:
+            found, tables = routing_sums.summarize(sums.routing, sums.domain_requested)
+            values |= found
         for i, name in enumerate(domains):
             if name in by_domain:
                 load[name] = metrics.load(np.asarray(sums.domain_requested)[:, i]).tolist()
-    return Evaluation(values, by_domain, load, None)
+    return Evaluation(values, by_domain, load, None, tables)
 
 
 def quality(rows: RowSums) -> dict[str, float]:

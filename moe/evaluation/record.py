@@ -37,6 +37,7 @@ def evaluation_record(
         "metrics": evaluation.metrics | speed,
         "domains": evaluation.domains,
         "domain_load": evaluation.domain_load,
+        "tables": evaluation.tables,
         "model": size._asdict(),
         "sample": None
         if evaluation.sample is None

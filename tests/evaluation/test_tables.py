@@ -56,6 +56,7 @@ def make_record(routing: dict) -> dict:
         domains,
         {"code": [[0.25, 0.75]], "prose": [[1.0, 0.0]]},
         Sample(np.array([104, 105, 256]), np.array([[[0], [1], [-1]]]), 1),
+        {"routing/coactivation": [[[1.0, 0.5], [0.25, 1.0]]]},
     )
     return evaluation_record(
         evaluation,
@@ -76,6 +77,7 @@ def test_record_has_the_interface():
         "metrics",
         "domains",
         "domain_load",
+        "tables",
         "model",
         "sample",
     }
@@ -88,6 +90,7 @@ def test_record_has_the_interface():
     assert record["sample"]["domain"] == "prose"
     assert record["sample"]["tokens"][:2] == ["h", "i"]
     assert record["sample"]["experts"] == [[[0], [1], [-1]]]
+    assert record["tables"]["routing/coactivation"][0][1] == [0.25, 1.0]
 
 
 def test_table_of_an_evaluation():

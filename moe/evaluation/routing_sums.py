@@ -1,0 +1,156 @@
+"""The sums of `routing_analysis` made inside jit, batch by batch, and what they come to.
+
+`routing_sums` runs on devices over the global batch: products and comparisons, exact below 2^24 a
+batch. `collect` brings them to the host in float64, where `add` joins batches and `summarize`
+divides. Only the vocabulary, `[L V E]` and a scatter, has to be asked for.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
+import numpy as np
+
+from moe.data.types import Batch
+from moe.evaluation import routing_analysis as analysis
+from moe.evaluation import routing_paths
+from moe.evaluation.routing_paths import Paths
+from moe.routing.types import LayerReport
+
+POSITION_BINS = 8
+
+
+class Vocabulary(NamedTuple):
+    """Who visits whom, by token id."""
+
+    choices: Shaped[Any, "L V E"]
+    tokens: Shaped[Any, " V"]  # of each id
+
+
+class RoutingSums(NamedTuple):
+    """Sums over valid tokens. `P`: bins of positions, `M`: domains."""
+
+    together: Shaped[Any, "L E E"]  # tokens that visit both experts
+    positions: Shaped[Any, "L P E"]  # choices by position in the document
+    domain_tokens: Shaped[Any, " M"]
+    position_tokens: Shaped[Any, " P"]
+    paths: Any  # fingerprints uint32 [B S 2] and valid [B S]; `Paths` on the host
+    inputs: Vocabulary | None = None  # by the id of the token itself
+    predictions: Vocabulary | None = None  # by the id that is predicted after it
+
+
+def visits(expert: Int[Array, "L B S K"], num_experts: int) -> Bool[Array, "L B S E"]:
+    """Which experts each token visits; -1 is nobody. The twin of `routing_analysis.multi_hot`."""
+    return jax.nn.one_hot(expert, num_experts, dtype=bool).any(axis=-2)
+
+
+def routing_sums(
+    report: LayerReport,
+    batch: Batch,
+    member: Float[Array, "B M"],
+    logits: Float[Array, "B S V"] | None = None,
+) -> RoutingSums:
+    """Sums of one batch.
+
+    Args:
+        report: of all sparse layers, leading `L`.
+        batch: the tokens that were routed.
+        member: which domain each row is of, one-hot.
+        logits: of the next token; with them the vocabulary is counted too.
+    """
+    E, S = report.row_requested.shape[-1], batch.tokens.shape[1]
+    hot = visits(report.expert, E)
+    weight = hot.astype(jnp.float32)
+    bins = min(POSITION_BINS, S)
+    where = jnp.minimum(batch.positions * bins // S, bins - 1)
+    bin_of = jax.nn.one_hot(where, bins) * batch.valid[..., None]  # [B S P]
+    sums = RoutingSums(
+        together=jnp.einsum("lbse,lbsf->lef", weight, weight),
+        positions=jnp.einsum("lbse,bsp->lpe", weight, bin_of),
+        domain_tokens=jnp.einsum("bs,bm->m", batch.valid.astype(jnp.float32), member),
+        position_tokens=bin_of.sum(axis=(0, 1)),
+        paths=(_fingerprints(hot), batch.valid),
+    )
+    if logits is None:
+        return sums
+    vocab_size, predicted = logits.shape[-1], logits.argmax(axis=-1)
+    return sums._replace(
+        inputs=_vocabulary(weight, batch.tokens, batch.valid, vocab_size),
+        predictions=_vocabulary(weight, predicted, batch.valid, vocab_size),
+    )
+
+
+def _fingerprints(hot: Bool[Array, "L B S E"]) -> Shaped[Array, "B S W"]:
+    table = routing_paths.fingerprint_table(hot.shape[0], hot.shape[-1])
+    zero = jnp.uint32(0)
+    halves = [
+        jnp.where(hot, jnp.asarray(half)[:, None, None], zero).sum(axis=(0, 3), dtype=jnp.uint32)
+        for half in np.moveaxis(table, -1, 0)
+    ]
+    return jnp.stack(halves, axis=-1)
+
+
+def _vocabulary(
+    weight: Float[Array, "L B S E"],
+    ids: Int[Array, "B S"],
+    valid: Bool[Array, "B S"],
+    vocab_size: int,
+) -> Vocabulary:
+    L, B, S, E = weight.shape
+    rows = jnp.moveaxis(weight, 0, 2).reshape(B * S, L * E)
+    flat = ids.reshape(-1)
+    found = jnp.zeros((vocab_size, L * E)).at[flat].add(rows)
+    tokens = jnp.zeros((vocab_size,)).at[flat].add(valid.reshape(-1).astype(jnp.float32))
+    return Vocabulary(jnp.moveaxis(found.reshape(vocab_size, L, E), 0, 1), tokens)
+
+
+def collect(sums: RoutingSums) -> RoutingSums:
+    """Brings the sums of one batch to the host, as float64, its paths counted."""
+    halves, valid = (np.asarray(a) for a in jax.device_get(sums.paths))
+    counted = jax.tree.map(lambda a: np.asarray(a, np.float64), sums._replace(paths=None))
+    return counted._replace(paths=routing_paths.count_fingerprints(halves[valid]))
+
+
+def add(a: RoutingSums, b: RoutingSums) -> RoutingSums:
+    """Joins two batches on the host."""
+    sums = jax.tree.map(np.add, a._replace(paths=None), b._replace(paths=None))
+    assert isinstance(a.paths, Paths)
+    assert isinstance(b.paths, Paths)
+    return sums._replace(paths=routing_paths.add(a.paths, b.paths))
+
+
+def summarize(
+    sums: RoutingSums, domain_requested: Shaped[np.ndarray, "L M E"]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Turns host sums into measures of specialisation.
+
+    Returns:
+        `routing/<name>` and `routing/per_layer/<name>` as `metrics.summarize` gives them:
+        `coactivation` (an expert's strongest partner), `domain_information`, `domain_divergence`
+        and `position_information` (nats), `path_entropy` (nats), `unique_paths` (per 1,000 tokens),
+        `vocabulary_inputs` and `vocabulary_predictions` where counted. And tables, too large for
+        every line of a history: `routing/coactivation [L E E]`, `routing/domains [L M E]` and
+        `routing/positions [L P E]`, shares of the tokens of a kind.
+    """
+    layers = {
+        "coactivation": analysis.strongest_partner(sums.together),
+        "domain_information": analysis.mutual_information(domain_requested),
+        "domain_divergence": analysis.mean_divergence(domain_requested),
+        "position_information": analysis.mutual_information(sums.positions),
+    }
+    for name in ("inputs", "predictions"):
+        found: Vocabulary | None = getattr(sums, name)
+        if found is not None:
+            layers[f"vocabulary_{name}"] = analysis.vocabulary_specialisation(
+                found.choices, found.tokens
+            )
+    values: dict[str, Any] = {f"routing/{n}": float(v.mean()) for n, v in layers.items()}
+    values |= {f"routing/per_layer/{n}": v.tolist() for n, v in layers.items()}
+    values |= {f"routing/{n}": v for n, v in routing_paths.path_metrics(sums.paths).items()}
+    tables = {
+        "routing/coactivation": analysis.coactivation(sums.together),
+        "routing/domains": analysis.specialisation(domain_requested, sums.domain_tokens),
+        "routing/positions": analysis.specialisation(sums.positions, sums.position_tokens),
+    }
+    return values, {name: table.round(4).tolist() for name, table in tables.items()}
