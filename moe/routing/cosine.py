@@ -17,7 +17,7 @@ from moe.routing.router import Router
 from moe.routing.selection import choices, gather, select
 from moe.routing.types import Routing
 
-# Temperature at the start, and of the balance loss for good, by form of the gate (section 3.3).
+# Temperature at the start, and of the balance loss for good, by form of the gate: the paper's.
 TAU0 = {"softmax": 0.3, "sigmoid": 0.07}
 MIN_TAU = 0.01
 
@@ -29,7 +29,7 @@ def unit(x: Array, axis: int) -> Array:
 
 
 class CosineGate(nnx.Module):
-    """`logits = cos(W x, v_e) / tau`, in `dim` dimensions (equation 3).
+    """`logits = cos(W x, v_e) / tau`, in `dim` dimensions.
 
     Args:
         width: model width `D`.

@@ -1,6 +1,6 @@
 """DSelect-k: differentiable selectors on a binary code of the experts.
 
-Hazimeh et al. 2021 (arXiv:2106.03760), sections 3 and 4. Every expert works at first; selectors
+Hazimeh et al. 2021 (arXiv:2106.03760). Every expert works at first; selectors
 harden as training goes on, helped by the entropy term, until at most k experts have a gate.
 """
 
@@ -92,8 +92,7 @@ def route(
     """Mixes the distributions of the selectors.
 
     With smooth steps `s = smooth_step(codes)`, selector j gives expert e the product over bits of
-    `s` where the bit of e is set and `1 - s` where it is not; `gate_e = sum_j softmax(mix)_j r_je`
-    (equations 4 and 5).
+    `s` where the bit of e is set and `1 - s` where it is not; `gate_e = sum_j softmax(mix)_j r_je`.
 
     Args:
         logits: only the shape is read.
@@ -108,9 +107,9 @@ def route(
         selectors all name codes beyond E has none. `probs` is the gate over its sum; `logits` is
         the logarithm of `probs`, at least log(1e-9). Terms, all `[B S]`:
 
-        * `selector_entropy`: sum over selectors of their entropy, nats (section 4.2).
+        * `selector_entropy`: sum over selectors of their entropy, nats.
         * `selector_outside`: sum over selectors of `1/m - 1`, m the share of the selector that
-          falls on experts: 0 if E is a power of two (equation 7, less its minimum).
+          falls on experts: 0 if E is a power of two (the paper's penalty less its minimum).
         * `active`: number of experts, with the gradient of `exp(entropy)` of `probs`.
     """
     del k
@@ -135,7 +134,7 @@ def route(
 
 
 def smooth_step(t: Array, width: Scalar) -> Array:
-    """A cubic from 0 at `-width/2` to 1 at `width/2`, flat at both ends and beyond (equation 3)."""
+    """A cubic from 0 at `-width/2` to 1 at `width/2`, flat at both ends and beyond."""
     t = jnp.clip(t / width, -0.5, 0.5)
     return t * (1.5 - 2.0 * t * t) + 0.5
 

@@ -1,7 +1,7 @@
 """DynMoE routing: every expert has its own learned threshold, and takes whatever exceeds it.
 
-Guo et al. 2024, "Dynamic Mixture of Experts" (arXiv:2405.14297), section 3.1. Differs from the
-paper by its test-time rule, that a token which exceeds no threshold gets its best expert, also in
+Guo et al. 2024, "Dynamic Mixture of Experts" (arXiv:2405.14297). Differs from the paper
+by its test-time rule, that a token which exceeds no threshold gets its best expert, also in
 training, so that the two agree, and by not adding or removing experts.
 """
 
@@ -55,7 +55,7 @@ def route(
     """Sends each token to all experts with `sigmoid(logit) > sigmoid(threshold)`.
 
     The n experts of a token have gate 1/n each. The step has no slope, so each gate carries the
-    gradient of `(sigmoid(logit) - sigmoid(threshold)) / n` (straight-through, equation 4). A token
+    gradient of `(sigmoid(logit) - sigmoid(threshold)) / n` (straight-through). A token
     that exceeds no threshold goes to the expert of its largest logit.
 
     Args:

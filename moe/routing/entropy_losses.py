@@ -61,7 +61,7 @@ def entropy_loss(report: LayerReport, *, total_tokens: Total) -> Float[Array, ""
 def modality_local_loss(report: LayerReport, *, total_tokens: Total) -> Float[Array, ""]:
     """The mean entropy of tokens, each modality weighing the same.
 
-    Mustafa et al. 2022, LIMoE (arXiv:2206.02770), equation 2. With one modality it is
+    Mustafa et al. 2022, LIMoE (arXiv:2206.02770), the local loss. With one modality it is
     `entropy_loss`.
 
     Args:
@@ -80,7 +80,7 @@ def modality_global_loss(
 ) -> Float[Array, ""]:
     """Makes each modality use several experts: the mean of `max(0, ln(experts) - H(mean p))`.
 
-    Mustafa et al. 2022, LIMoE (arXiv:2206.02770), equations 3 and 4. Zero, without gradient, for a
+    Mustafa et al. 2022, LIMoE (arXiv:2206.02770), the global loss. Zero, without gradient, for a
     modality that spreads as widely as over `experts` experts of equal share.
 
     Args:

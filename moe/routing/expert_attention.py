@@ -1,6 +1,6 @@
 """Attention over experts, one token at a time, so that scores see how experts correlate.
 
-Wu et al. 2024, Yuan 2.0-M32 (arXiv:2405.17976), section 2.2. Choice and gates are those of
+Wu et al. 2024, Yuan 2.0-M32 (arXiv:2405.17976). Choice and gates are those of
 `moe.routing.topk`; the paper takes k = 2 and the softmax of the chosen logits. Attention never
 crosses tokens: a head that spanned several would show a token its successors.
 """
@@ -57,4 +57,5 @@ ROUTER = Router(
     use="Pairs of experts should be chosen together rather than one by one.",
     check=topk.check,
     gate=ExpertAttentionGate,
+    traced=topk.ROUTER.traced,
 )

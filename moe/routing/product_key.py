@@ -185,4 +185,6 @@ ROUTER = Router(
     use="There are so many small experts that comparing all of them costs too much.",
     check=check,
     gate=ProductKeyGate,
+    fixed_k=False,  # an expert that two heads found counts once
+    permutes_experts=False,  # only whole rows and whole columns of the grid can change places
 )

@@ -59,14 +59,20 @@ class QueryKeyGate(nnx.Module):
 
 
 def check(
-    num_experts: int, *, k: int, normalize: str = "renormalize", heads: int = 1, key_dim: int = 0
+    num_experts: int,
+    *,
+    k: int,
+    normalize: str = "renormalize",
+    score: str = "softmax",
+    heads: int = 1,
+    key_dim: int = 0,
 ) -> None:
     """Refuses options that cannot train.
 
     Raises:
         ConfigError: fewer than one head, a negative `key_dim`, or what `topk` refuses.
     """
-    topk.check(num_experts, k=k, normalize=normalize)
+    topk.check(num_experts, k=k, normalize=normalize, score=score)
     if heads < 1 or key_dim < 0:
         raise ConfigError(
             f"router.heads={heads} must be at least 1 and router.key_dim={key_dim} not negative: "
@@ -82,4 +88,5 @@ ROUTER = Router(
     use="Experts should be told apart by several small queries, or by fewer numbers than D.",
     check=check,
     gate=QueryKeyGate,
+    traced=topk.ROUTER.traced,
 )

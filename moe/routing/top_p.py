@@ -33,8 +33,8 @@ def route(
 ) -> Routing:
     """Sends each token to the fewest experts whose probabilities sum to at least `mass`.
 
-    Experts are taken from the most probable down, the one that reaches `mass` included (equation
-    3); so there is always one, and `mass` 1 takes all. Gates are the raw probabilities.
+    Experts are taken from the most probable down, the one that reaches `mass` included;
+    so there is always one, and `mass` 1 takes all. Gates are the raw probabilities.
 
     Args:
         logits: float32 `[B S E]`.
