@@ -100,11 +100,11 @@ def test_square_roots_of_vanishing_softplus_keep_their_ratio_and_their_gradient(
     chosen = np.array([-20.0 + 1e-3, -20.0 - 1e-3, -60.0, -62.0]) / 2
     expected = np.exp(chosen - chosen.max())
     np.testing.assert_allclose(gates(logits)[0, 0], expected / expected.sum(), rtol=1e-4)
-    gradient = jax.grad(lambda x: gates(x)[0, 0, 0])(logits)[0, 0]
-    np.testing.assert_allclose(gradient, [0, 0, 0.125, -0.125], rtol=1e-3, atol=1e-8)
-    far = np.sign(random_logits((2, 3, 4))) * np.float32(1e4)
-    slope = jax.grad(lambda x: compiled(k=4)(x, jnp.ones((2, 3), bool)).plan.gate[..., 0].sum())
-    assert np.isfinite(slope(jnp.asarray(far))).all()
+    slope = jax.jit(jax.grad(lambda x: gates(x)[0, 0, 0]))
+    np.testing.assert_allclose(slope(logits)[0, 0], [0, 0, 0.125, -0.125], rtol=1e-3, atol=1e-8)
+    far = jnp.asarray([[[1e4, 1e4, -1e4, -1e4]]])
+    assert np.isfinite(gates(far)).all()
+    assert np.isfinite(slope(far)).all()
 
 
 @pytest.mark.parametrize("normalize", topk.NORMALIZE)
