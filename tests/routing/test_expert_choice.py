@@ -167,6 +167,17 @@ def test_rows_of_the_batch_do_not_see_each_other():
             np.testing.assert_array_equal(x[0], y[0])
 
 
+@pytest.mark.parametrize("options", [{}, {"normalize": "tokens"}, {"cap": 2}], ids=str)
+def test_permuting_experts_or_tokens_permutes_the_choice(options):
+    rng, before = np.random.default_rng(0), route(LOGITS, **options).plan
+    for _ in range(5):
+        order, places = rng.permutation(E), rng.permutation(S)
+        after = route(LOGITS[:, places][..., order], **options).plan
+        for dense in (mask_of, gates_of):
+            expected = dense(before)[:, places][..., order]
+            np.testing.assert_allclose(dense(after), expected, rtol=1e-5)
+
+
 def test_cap_bounds_every_token_near_the_best_sum():
     n, experts, k, cap = 24, 6, 2, 3
     rng = np.random.default_rng(3)

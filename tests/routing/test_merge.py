@@ -148,6 +148,16 @@ def test_smear_sees_later_tokens_and_no_other_row():
     np.testing.assert_array_equal(a[1:], b[1:])
 
 
+def test_permuting_experts_permutes_their_weights():
+    order = np.random.default_rng(0).permutation(E)
+    pairs = [
+        (smear(LOGITS, training=False), smear(LOGITS[..., order], training=False)),
+        (lory(LOGITS), lory(LOGITS[..., order], first=FIRST[order])),
+    ]
+    for before, after in pairs:
+        np.testing.assert_allclose(after.plan.weight, before.plan.weight[..., order], rtol=1e-5)
+
+
 def test_a_segment_as_long_as_the_row_is_routed_by_the_constant():
     weight = lory(LOGITS, segment=S).plan.weight
     np.testing.assert_allclose(weight, np.broadcast_to(softmax(FIRST), (B, 1, E)), rtol=1e-5)
