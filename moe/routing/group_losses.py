@@ -30,7 +30,7 @@ def device_balance_loss(
     """Load of groups: `sum_g f'_g P'_g`, 1 at balance, G when one group takes all.
 
     `f'` is the mean of the experts' `f_i = E / (K T) * choices_i` inside a group, without gradient;
-    `P'` is the sum of their mean probabilities (equations 26 to 28).
+    `P'` is the sum of their mean probabilities.
 
     Args:
         report: stacked over layers, leading `L`.
@@ -55,7 +55,7 @@ def communication_balance_loss(
     """Tokens received by groups: `sum_g f''_g P''_g`, 1 at balance of tokens that use their limit.
 
     `f''_g = G / (M T) * tokens with a chosen expert in g`, for M groups a token may reach, without
-    gradient; `P''` is `P'` of the device balance (equations 29 to 31). Tokens that reach fewer
+    gradient; `P''` is `P'` of the device balance. Tokens that reach fewer
     groups make it smaller.
 
     Args:

@@ -18,7 +18,7 @@ from moe.routing.types import LayerReport
 
 
 def importance_loss(report: LayerReport, *, total_tokens: Total) -> Float[Array, ""]:
-    """Spread of the experts' importance: the sum of their gates over tokens (equations 6 and 7).
+    """Spread of the experts' importance: the sum of their gates over tokens.
 
     Shazeer et al. weigh it with 0.1, V-MoE with 0.005.
 
@@ -33,7 +33,7 @@ def importance_loss(report: LayerReport, *, total_tokens: Total) -> Float[Array,
 
 
 def load_loss(report: LayerReport, *, total_tokens: Total) -> Float[Array, ""]:
-    """Spread of the experts' expected loads under another draw of the noise (equations 10 and 11).
+    """Spread of the experts' expected loads under another draw of the noise.
 
     Weights as for the importance.
 

@@ -34,7 +34,7 @@ LEAST_NOISE = 1e-2  # of the learned scale, so that training always explores
 
 
 class NoisyGate(nnx.Module):
-    """Clean logits `x W_g` and a noise scale for each of them (Shazeer et al., equations 3 to 5).
+    """Clean logits `x W_g` and a noise scale for each of them.
 
     Args:
         width: model width `D`.
@@ -133,7 +133,7 @@ def _load(
     scale: Float[Array, "B S E"],
     threshold: str,
 ) -> Float[Array, "B S E"]:
-    """`Phi((logits - threshold) / scale)` (Shazeer et al., appendix A, equations 8 and 9).
+    """`Phi((logits - threshold) / scale)` (Shazeer et al., appendix A).
 
     The K-th largest of the other noisy logits is the (K+1)-th of all for a chosen expert and the
     K-th of all for another. Thresholds and logits are both before any softmax.
