@@ -8,6 +8,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+import numpy as np
 
 from moe.errors import ConfigError
 from moe.routing.gates import Gated
@@ -22,15 +23,16 @@ class WeightGate(nnx.Module):
     """One learned weight for each expert, the same for every token.
 
     Attributes:
-        weight: float32 `[E]`, logarithms of the weights; zeros at the start, weights of 1.
+        weight: float32 `[E]`; an expert weighs `softplus` of it, which is 1 at the start.
     """
 
     def __init__(self, width: int, num_experts: int, *, rngs: nnx.Rngs):
         del width, rngs
-        self.weight = nnx.Param(jnp.zeros(num_experts, jnp.float32), axes=("E",))
+        start = jnp.full(num_experts, np.log(np.e - 1.0), jnp.float32)
+        self.weight = nnx.Param(start, axes=("E",))
 
     def __call__(self, tokens: Float[Array, "B S D"]) -> Gated:
-        """Returns the logarithms of the weights at every position."""
+        """Returns the parameter at every position."""
         weight = self.weight[...]
         return Gated(jnp.broadcast_to(weight, (*tokens.shape[:2], weight.shape[0])))
 
@@ -85,10 +87,10 @@ def route_weighted(
     kind: str = "strided",
     length: int = 0,
 ) -> Routing:
-    """As `route`, with gates `exp(logit) / k`: one learned weight for each expert.
+    """As `route`, with gates `softplus(logit) / k`: one learned weight for each expert.
 
     Args:
-        logits: float32 `[B S E]`, logarithms of the weights.
+        logits: float32 `[B S E]`, of `WeightGate`.
         valid: as in `route`.
         k: as in `route`.
         positions: as in `route`.
@@ -99,7 +101,7 @@ def route_weighted(
         The decision; `probs` is 1/k on the chosen experts and learns nothing.
     """
     expert = experts_at(positions, logits.shape[-1], k, kind, length)
-    gate = jnp.exp(gather(logits, expert)) / k
+    gate = jax.nn.softplus(gather(logits, expert)) / k
     return Routing(logits, _even(logits, expert), choices(expert, gate, valid))
 
 
@@ -146,7 +148,7 @@ ROUTER = Router(
 WEIGHTED = Router(
     route_weighted,
     paper="no paper: y = sum_i w_i f_i over the parts of the input",
-    equation="e = t mod E, or floor(t E / n); gate = w_e / k",
+    equation="e = t mod E, or floor(t E / n); gate = softplus(w_e) / k",
     cost="k experts",
     use="Position routing whose experts may weigh more or less than the residual.",
     check=check,
