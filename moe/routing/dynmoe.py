@@ -85,7 +85,8 @@ def route(
     plan = variable_choices(expert, gate, active, valid)
     visited = plan.valid.sum(axis=-1, dtype=jnp.float32)
     terms = {ACTIVE: straight_through(visited, margin.sum(axis=-1))}
-    return Routing(logits, score / score.sum(axis=-1, keepdims=True), plan, terms)
+    # The normalised sigmoid, also where every sigmoid underflows.
+    return Routing(logits, jax.nn.softmax(jax.nn.log_sigmoid(logits)), plan, terms)
 
 
 def check(num_experts: int, *, k: int, k_max: int = 0) -> None:

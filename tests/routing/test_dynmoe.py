@@ -115,6 +115,12 @@ def test_a_token_of_zeros_has_a_finite_gradient():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
 
 
+def test_probabilities_are_normalised_sigmoids_even_where_all_underflow():
+    score = sigmoid(COSINE)
+    np.testing.assert_allclose(route().probs, score / score.sum(-1, keepdims=True), rtol=1e-5)
+    np.testing.assert_allclose(route(logits=np.full_like(COSINE, -1e4)).probs, 1 / 8, rtol=1e-6)
+
+
 def test_a_bound_beyond_the_experts_is_refused():
     with pytest.raises(ConfigError, match=r"k_max=9 must be between 1 and model\.num_experts=8"):
         dynmoe.check(8, k=2, k_max=9)
