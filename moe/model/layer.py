@@ -138,7 +138,7 @@ class SparseMLP(nnx.Module):
             x = jittered(x, call.jitter, key)
         # Noise of the gate itself is not that of the router that follows.
         inputs = inputs | {"key": None if key is None else jax.random.fold_in(key, 1)}
-        if not call.training:
+        if not (call.training or self.spec.row.needs_key_in_eval):
             inputs["key"] = None
         named = pick_inputs(type(self.gate).__call__, {**inputs, "tokens": x})
         return self.gate(**named)
