@@ -70,7 +70,7 @@ def route(
         rounds: of the auction at most; what is then not assigned takes the room that is left.
 
     Returns:
-        The decision, with K = 1; `probs` is `softmax(logits)`.
+        The decision, with K = 1; `probs` is `sigmoid(logits)` over its sum.
     """
     del k
     fixed = jax.lax.stop_gradient(logits)
@@ -80,7 +80,8 @@ def route(
     else:
         expert = select(fixed, 1)
     gate = jax.nn.sigmoid(gather(logits, expert))
-    return Routing(logits, jax.nn.softmax(logits), choices(expert, gate, valid))
+    probs = jax.nn.softmax(jax.nn.log_sigmoid(logits))  # finite where every sigmoid underflows
+    return Routing(logits, probs, choices(expert, gate, valid))
 
 
 class Auction(NamedTuple):

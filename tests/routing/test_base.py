@@ -123,9 +123,10 @@ def test_one_expert_takes_everything():
 
 
 def test_gate_is_the_sigmoid_and_nothing_else_has_a_gradient():
-    plan = route(LOGITS).plan
-    chosen = np.take_along_axis(LOGITS, plan.expert, -1)
-    np.testing.assert_allclose(plan.gate, 1 / (1 + np.exp(-chosen)), rtol=1e-5)
+    routing = route(LOGITS)
+    plan, score = routing.plan, 1 / (1 + np.exp(-LOGITS))
+    np.testing.assert_allclose(plan.gate, np.take_along_axis(score, plan.expert, -1), rtol=1e-5)
+    np.testing.assert_allclose(routing.probs, score / score.sum(-1, keepdims=True), rtol=1e-5)
     valid = jnp.ones((4, 8), bool)
     gradient = jax.jit(jax.grad(lambda x: base.route(x, valid, k=1).plan.gate.sum()))(LOGITS)
     slope = plan.gate * (1 - plan.gate)
