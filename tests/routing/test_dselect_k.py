@@ -128,6 +128,40 @@ def test_every_gradient_is_finite_even_where_codes_are_saturated(num_experts, sc
     assert np.abs(gradients["mix"]).max() > 1e-3
 
 
+@pytest.mark.parametrize("num_experts", [6, 8])
+def test_gradient_equals_finite_differences(num_experts):
+    h, names = 1e-5, ("codes", "mix")
+    with jax.enable_x64(True):
+        drawn64 = {name: np.asarray(x, np.float64) for name, x in drawn(num_experts, 2).items()}
+        rng = np.random.default_rng(1)
+        weight = jnp.asarray(rng.normal(size=num_experts))
+        moves = {name: rng.normal(size=(4, *drawn64[name].shape)) for name in names}
+
+        def loss(inputs):
+            logits, valid = jnp.zeros((2, 16, num_experts)), jnp.ones((2, 16), bool)
+            routing = dselect_k.route(logits, valid, k=2, **inputs)
+            terms = routing.terms["selector_entropy"].sum()
+            return (routing.plan.gate * weight[routing.plan.expert]).sum() + terms
+
+        gradient = jax.jit(jax.grad(loss))(jax.tree.map(jnp.asarray, drawn64))
+        moved = jax.jit(jax.vmap(loss))
+        up, down = (
+            np.asarray(moved({n: jnp.asarray(drawn64[n] + s * h * moves[n]) for n in names}))
+            for s in (1, -1)
+        )
+        slopes = sum((moves[n] * np.asarray(gradient[n])).reshape(4, -1).sum(1) for n in names)
+    np.testing.assert_allclose(slopes, (up - down) / (2 * h), rtol=1e-3)
+    assert np.abs(slopes).min() > 1e-2
+
+
+def test_padding_has_no_expert():
+    valid = np.arange(16) < np.array([[16], [5]])
+    logits = np.zeros((2, 16, 8), np.float32)
+    plan = routed(dselect_k.route, logits, valid, inputs=drawn(8, 2), k=2).plan
+    np.testing.assert_array_equal(plan.valid.any(-1), valid)
+    assert not plan.gate[~valid].any()
+
+
 def test_the_entropy_term_makes_selectors_choose():
     def step(codes, _):
         def loss(codes):

@@ -124,6 +124,17 @@ def test_gradient_of_the_gates_is_that_of_the_exhaustive_search():
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def test_padding_has_no_expert_and_extreme_scores_are_finite():
+    what, valid = said(2), np.arange(16) < np.array([[16], [5]])
+    for scale in (0.0, 1.0, 1e4):
+        inputs = {name: x * np.float32(scale) for name, x in what.inputs.items()}
+        routing = routed(product_key.route, what.logits, valid, inputs=inputs, k=8)
+        np.testing.assert_array_equal(routing.plan.valid.any(-1), valid)
+        assert not routing.plan.gate[~valid].any()
+        assert np.isfinite(routing.plan.gate).all()
+        np.testing.assert_allclose(routing.probs.sum(-1), 1.0, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("num_experts", "k", "options", "message"),
     [
