@@ -94,7 +94,12 @@ class RecurrentGate(nnx.Module):
 
 
 def check(
-    num_experts: int, *, k: int, normalize: str = "renormalize", memory_width: int = 64
+    num_experts: int,
+    *,
+    k: int,
+    normalize: str = "renormalize",
+    score: str = "softmax",
+    memory_width: int = 64,
 ) -> None:
     """Refuses what `topk.check` refuses, and an empty state.
 
@@ -106,7 +111,7 @@ def check(
             f"router.memory_width={memory_width} must be at least 1: it is the size of the state "
             "that routers hand from layer to layer. Use 64, or the model's width."
         )
-    topk.check(num_experts, k=k, normalize=normalize)
+    topk.check(num_experts, k=k, normalize=normalize, score=score)
 
 
 ROUTER = Router(
@@ -117,5 +122,6 @@ ROUTER = Router(
     use="Deep stacks whose layers should remember how a token was routed below.",
     check=check,
     gate=RecurrentGate,
+    traced=("scale",),
     shared=GRU,
 )

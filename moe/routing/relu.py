@@ -13,6 +13,7 @@ import numpy as np
 from moe.errors import ConfigError
 from moe.routing.router import Router
 from moe.routing.selection import gather, select
+from moe.routing.topk import log_sqrt_softplus
 from moe.routing.types import Routing, Scalar, State
 from moe.routing.variable_k import (
     ACTIVE,
@@ -68,9 +69,7 @@ def route(
 
 def smooth_probs(logits: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
     """`softplus(l) / sum softplus(l)`, formed from logarithms so that no logit makes it 0/0."""
-    small = logits < -15.0  # where log(softplus(l)) is l to float32, and log(0) would be near
-    log_softplus = jnp.log(jax.nn.softplus(jnp.where(small, 0.0, logits)))
-    return jax.nn.softmax(jnp.where(small, logits, log_softplus))
+    return jax.nn.softmax(2.0 * log_sqrt_softplus(logits))
 
 
 def init_state(

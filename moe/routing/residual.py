@@ -53,4 +53,5 @@ ROUTER = Router(
     use="Deep stacks whose layers should agree on a token: a layer sees what the last one decided.",
     check=topk.check,
     gate=ResidualGate,
+    traced=("scale",),
 )

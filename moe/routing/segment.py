@@ -149,6 +149,7 @@ def check(
     k: int,
     sequence_length: int | None = None,
     normalize: str = "renormalize",
+    score: str = "softmax",
     segment_size: int = 16,
     pool: str = "mean",
     mode: str = "shift",
@@ -171,6 +172,7 @@ def check(
         k=k,
         sequence_length=sequence_length,
         normalize=normalize,
+        score=score,
         segment_size=segment_size,
         pool=pool,
     )
@@ -182,6 +184,7 @@ def check_self(
     k: int,
     sequence_length: int | None = None,
     normalize: str = "renormalize",
+    score: str = "softmax",
     segment_size: int = 16,
     pool: str = "mean",
 ) -> None:
@@ -193,7 +196,7 @@ def check_self(
     if pool not in POOLS:
         raise ConfigError(f"router.pool={pool!r} is not one of {', '.join(POOLS)}; choose one.")
     check_segment(segment_size, sequence_length)
-    topk.check(num_experts, k=k, normalize=normalize)
+    topk.check(num_experts, k=k, normalize=normalize, score=score)
 
 
 def check_segment(segment_size: int, sequence_length: int | None) -> None:
@@ -215,6 +218,7 @@ def check_segment(segment_size: int, sequence_length: int | None) -> None:
 _COMMON: dict[str, Any] = {
     "paper": "Zhong et al. 2024, arXiv:2405.03133; Ortigossa and Segal 2026, arXiv:2601.21641",
     "cost": "D E + S E + k experts",
+    "traced": ("scale",),
 }
 
 ROUTER = Router(

@@ -159,6 +159,7 @@ def test_the_row_that_sees_the_future_says_so():
         ({"segment_size": 0}, "segment_size=0 must be at least 1"),
         ({"segment_size": 9, "sequence_length": 8}, r"segment_size=9 is longer than .*=8"),
         ({"k": 1}, r"k=1 .* never learn"),
+        ({"score": "cosine"}, "score='cosine' is not one of"),
     ],
 )
 def test_what_cannot_work_is_refused(options, message):
