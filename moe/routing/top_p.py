@@ -41,7 +41,8 @@ def route(
         valid: `[B S]`, True for a real token.
         k: not read: the number that `losses.compute` aims at.
         mass: the paper's p, in (0, 1]; may be traced.
-        k_max: largest number of experts a token, the width K of the plan; 0 stands for E.
+        k_max: largest number of experts a token, the width K of the plan; 0 stands for E. Shapes
+            are static, so the plan's size follows this bound and not the mean.
 
     Returns:
         The decision. Its term `active [B S]` is the number of experts of each token, with the
