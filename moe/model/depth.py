@@ -40,17 +40,29 @@ class Depth(NamedTuple):
     agree: Bool[Array, "B S"]  # predictor and top-C choice are of one mind
 
 
+class Delta(NamedTuple):
+    """What a block would do to the tokens it is given."""
+
+    change: Float[Array, "B S D"]  # its output less its input
+    reports: tuple[LayerReport, ...] = ()  # of the sparse layers inside
+    terms: dict[str, Float[Array, "B S"]] = {}  # noqa: RUF012 - unweighted losses, for each token
+    cache: Any = None
+    memory: Any = None  # of the gates; arrays [B S ...]
+
+
 class Passed(NamedTuple):
-    """Result of a layer: that of the block, with the residual, and the choice."""
+    """What comes of a layer with a choice of tokens; all of it over whole rows."""
 
     output: Float[Array, "B S D"]
-    report: LayerReport | None
+    reports: tuple[LayerReport, ...]
+    terms: dict[str, Float[Array, "B S"]]  # of the block
     cache: Any
+    memory: Any
     depth: Depth
 
 
-# (x, positions, segments, call, key, cache, start) -> (change of x, report, cache)
-BlockDelta = Callable[..., tuple[Array, LayerReport | None, Any]]
+# (x, positions, segments, call, key, cache, start, memory) -> Delta
+BlockDelta = Callable[..., Delta]
 
 
 def slots(capacity: float, length: int) -> int:
@@ -148,6 +160,37 @@ def spread_report(report: LayerReport, index: Int[Array, "B C"], size: int) -> L
     )
 
 
+def _few(
+    block: BlockDelta, chosen: Chosen, x: Array, of_tokens: tuple, call: Call, key: Any, memory: Any
+) -> Delta:
+    """Runs a block on nothing but the chosen tokens; its answers stand where they belong."""
+    index, size = chosen.index, x.shape[1]
+    few = [take(a, index) for a in (x, *of_tokens)]
+    inner = jax.tree.map(lambda m: take(m, index), memory)
+    done = block(*few, take_call(call, index), key, None, None, inner)
+
+    def everywhere(a: Array) -> Array:
+        return spread(a, index, size)
+
+    return Delta(
+        everywhere(done.change),
+        tuple(spread_report(report, index, size) for report in done.reports),
+        jax.tree.map(everywhere, done.terms),
+        None,
+        jax.tree.map(everywhere, done.memory),
+    )
+
+
+def _masked(call: Call, mask: Bool[Array, "B S"]) -> Call:
+    """The call in which all but some tokens are padding."""
+    documents = None if call.documents is None else jnp.where(mask, call.documents, 0)
+    return call._replace(valid=mask, documents=documents)
+
+
+def _where(mask: Bool[Array, "B S"], new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(_trailing(mask, a.ndim), a, b), new, old)
+
+
 class MixtureOfDepths(nnx.Module):
     """Sends the chosen tokens through a block: `y_t = x_t + r_t F(x)_t`, others `y_t = x_t`, bit for bit.
 
@@ -198,28 +241,30 @@ class MixtureOfDepths(nnx.Module):
         key: Shaped[Array, ""] | None = None,
         cache: Any = None,
         start: Int[Array, ""] | None = None,
+        memory: Any = None,
         *,
         causal: bool,
     ) -> Passed:
         """One layer.
 
         Args:
-            block: `(x, positions, segments, call, key, cache, start) -> (change of x, report, cache)`.
+            block: `(x, positions, segments, call, key, cache, start, memory) -> Delta`.
             x: `[B S D]`.
             positions: of each token in its document.
             segments: document of each token, 0 for padding.
             call: of these tokens.
             key: noise of the block.
-            cache: of the block.
+            cache: of the block; its attention must keep documents apart (`KeyValues.segment`).
             start: how many positions of the cache are filled.
+            memory: of the gates, arrays `[B S ...]`; tokens that pass by keep theirs.
             causal: False for the choice of training, C tokens of a row and no more compute than
                 that; True for the predictor's, any number of tokens. The block then runs on all
                 of them, for static shapes, and those that are not chosen are made padding: no
                 token attends to them, no expert takes them.
 
         Returns:
-            The tokens, the block's report over whole rows, its cache, and the choice. With a
-            cache `bce` and `agree` compare with the top C of these few tokens and mean nothing.
+            The tokens, what the block told, and the choice. With a cache `bce` and `agree` compare
+            with the top C of these few tokens and mean nothing.
 
         Raises:
             ValueError: a cache without `causal`.
@@ -231,16 +276,18 @@ class MixtureOfDepths(nnx.Module):
         if causal:
             mask = (logit > 0) & call.valid
             seen = jnp.where(mask, segments, 0)
-            inner = call._replace(valid=mask)
-            delta, report, cache = block(x, positions, seen, inner, key, cache, start)
+            done = block(x, positions, seen, _masked(call, mask), key, cache, start, memory)
         else:
-            mask, index = top.mask, top.index
-            few = [take(a, index) for a in (x, positions, segments)]
-            delta, report, _ = block(*few, take_call(call, index), key, None, None)
-            delta = spread(delta, index, x.shape[1])
-            report = None if report is None else spread_report(report, index, x.shape[1])
-        changed = x + (score[..., None] * delta).astype(x.dtype)
+            mask = top.mask
+            done = _few(block, top, x, (positions, segments), call, key, memory)
+        changed = x + (score[..., None] * done.change).astype(x.dtype)
         bce = optax.sigmoid_binary_cross_entropy(logit, top.mask.astype(jnp.float32))
         agree = ((logit > 0) == top.mask) & call.valid
-        depth = Depth(mask, jnp.where(call.valid, bce, 0.0), agree)
-        return Passed(jnp.where(mask[..., None], changed, x), report, cache, depth)
+        return Passed(
+            output=jnp.where(mask[..., None], changed, x),
+            reports=done.reports,
+            terms={name: jnp.where(mask, value, 0.0) for name, value in done.terms.items()},
+            cache=done.cache,
+            memory=_where(mask, done.memory, memory),
+            depth=Depth(mask, jnp.where(call.valid, bce, 0.0), agree),
+        )

@@ -12,7 +12,7 @@ import pytest
 from moe.dispatch.reference import reference
 from moe.errors import ConfigError
 from moe.model.attention import Attention, KeyValues, RMSNorm
-from moe.model.depth import MixtureOfDepths, slots, spread, spread_report, take, top_tokens
+from moe.model.depth import Delta, MixtureOfDepths, slots, spread, spread_report, take, top_tokens
 from moe.model.layer import Call
 from moe.routing.types import LayerReport
 
@@ -30,9 +30,11 @@ class Inner(nnx.Module):
             D, 2, 1, 8, qk_norm="none", rope_base=100.0, norm_eps=1e-5, out_scale=1.0, rngs=rngs
         )
 
-    def __call__(self, x, positions, segments, call, key, cache, start):
-        out, cache = self.attention(self.norm(x), positions, segments, cache, start)
-        return out + jnp.tanh(x + out) * call.valid[..., None], None, cache
+    def __call__(self, x, positions, segments, call, key, cache, start, memory):
+        out, cache = self.attention(self.norm(x), positions, segments, cache, start)[:2]
+        change = out + jnp.tanh(x + out) * call.valid[..., None]
+        terms = {"inner": change[..., 0]}
+        return Delta(change, (), terms, cache, None if memory is None else memory + 1)
 
 
 def inputs(seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array, Call]:
@@ -130,8 +132,8 @@ def plain_layer(mixture: MixtureOfDepths, inner: Inner, given: tuple, mask: np.n
         at = np.flatnonzero(mask[b])
         few = [a[b : b + 1, at] for a in (x, positions, segments)]
         rest = Call(call.tokens[b : b + 1, at], call.valid[b : b + 1, at], reference)
-        delta, _, _ = inner(*few, rest, None, None, None)
-        y[b, at] += score[b, at, None] * np.asarray(delta[0])
+        change = inner(*few, rest, None, None, None, None).change
+        y[b, at] += score[b, at, None] * np.asarray(change[0])
     return y
 
 
@@ -153,8 +155,8 @@ def test_everyone_with_score_one_is_the_plain_block():
     x = x.at[..., 0].set(1.0)
     mixture.router[...] = jnp.zeros((D, 1)).at[0].set(1.0)
     y, _ = run(mixture, inner, (x, positions, segments, call), causal=False)
-    delta, _, _ = inner(x, positions, segments, call, None, None, None)
-    np.testing.assert_allclose(y, x + delta, atol=1e-5)
+    change = inner(x, positions, segments, call, None, None, None, None).change
+    np.testing.assert_allclose(y, x + change, atol=1e-5)
 
 
 def test_router_learns_from_the_task_and_the_predictor_keeps_to_itself(pair):
@@ -246,6 +248,24 @@ def test_generation_passes_the_same_tokens(pair):
         np.testing.assert_allclose(passed.output, y[:, at], atol=1e-5)
     with pytest.raises(ValueError, match="causal=True"):
         mixture(inner, x, positions, segments, call, None, cache, jnp.int32(0), causal=False)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_who_passes_by_keeps_memory_and_adds_no_term(pair, causal):
+    x, positions, segments, call = inputs()
+    memory = {"state": jnp.asarray(np.random.default_rng(4).normal(size=(B, S, 2)))}
+    mixture, inner = pair
+
+    def block(*given):
+        done = inner(*given[:-1], None)
+        return done._replace(memory={"state": given[-1]["state"] + 1})
+
+    passed = mixture(block, x, positions, segments, call, memory=memory, causal=causal)
+    mask = passed.depth.chosen
+    expected = memory["state"] + mask[..., None]
+    np.testing.assert_array_equal(passed.memory["state"], expected)
+    assert ((np.asarray(passed.terms["inner"]) != 0) == np.asarray(mask)).all()
+    assert 0 < mask.sum() < mask.size
 
 
 def test_report_of_a_sparse_block_names_positions_of_the_row():
