@@ -244,7 +244,15 @@ def _average(
     return jnp.swapaxes(jax.vmap(jax.vmap(scatter))(out, counted, at), 1, 2)
 
 
-def check(*, clusters: int, mode: str, window: int) -> None:
+def empty_cache(
+    batch: int, length: int, *, kv_heads: int, head_dim: int, dtype: jnp.dtype
+) -> ClusterCache:
+    """A cache of `length` positions."""
+    zeros = jnp.zeros((batch, length, kv_heads, head_dim), dtype)
+    return ClusterCache(zeros, zeros, jnp.zeros((batch, length, kv_heads), jnp.int32))
+
+
+def check(*, clusters: int, mode: str, window: int, sequence_length: int = 0) -> None:
     """Raises ConfigError for an unknown mode or numbers that make no clusters."""
     if mode not in MODES:
         raise ConfigError(
@@ -257,6 +265,12 @@ def check(*, clusters: int, mode: str, window: int) -> None:
         raise ConfigError(
             f"window={window} must not be negative: it is the number of members a cluster, 0 for "
             "the sequence length divided by attention.clusters."
+        )
+    if sequence_length and max(window, clusters) > sequence_length:
+        raise ConfigError(
+            f"window={window} and clusters={clusters} must be at most data.sequence_length="
+            f"{sequence_length}: a cluster has no more members, and there are no more clusters, than "
+            "tokens. sqrt(data.sequence_length) for both is the usual choice."
         )
     if window and mode == "causal":
         raise ConfigError(

@@ -61,7 +61,7 @@ class SegmentAttention(nnx.Module):
         size: str = "fixed",
         segment: int = 64,
         ratio: float = 1 / 3,
-        context: int = 0,
+        sequence_length: int = 0,
         mixture: str = "dense",
         pool: str = "mean",
         combine: str = "attention",
@@ -79,8 +79,8 @@ class SegmentAttention(nnx.Module):
             head_dim: of both.
             size: "fixed", "ratio" or "learned".
             segment: tokens a segment for "fixed".
-            ratio: share of `context` for "ratio", 1/4 to 1/2.
-            context: the context length, for "ratio" and "learned".
+            ratio: share of `sequence_length` for "ratio", 1/4 to 1/2.
+            sequence_length: the context length, for "ratio" and "learned".
             mixture: for "learned", "dense" or "straight_through".
             pool: summary of a segment, "mean" or "last" (token).
             combine: "attention", or "concat": segments side by side, no weights and no summaries.
@@ -93,14 +93,14 @@ class SegmentAttention(nnx.Module):
             size=size,
             segment=segment,
             ratio=ratio,
-            context=context,
+            sequence_length=sequence_length,
             mixture=mixture,
             pool=pool,
             combine=combine,
             top_k=top_k,
         )
         self.mixture, self.pool, self.top_k = mixture, pool, top_k
-        self.sizes = segment_sizes(size, segment, ratio, context)
+        self.sizes = segment_sizes(size, segment, ratio, sequence_length)
         self.full = Attention(
             width, heads, kv_heads, head_dim, out_scale=out_scale, rngs=rngs, **attention
         )
@@ -258,6 +258,22 @@ def local_attention(
     return out.reshape(batch, chunks * size, *out.shape[2:])[:, :length]
 
 
+def empty_cache(
+    batch: int,
+    length: int,
+    *,
+    width: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: jnp.dtype,
+    size: str,
+) -> SegmentCache:
+    """A cache of `length` positions."""
+    zeros = jnp.zeros((batch, length, kv_heads, head_dim), dtype)
+    count = len(RATIOS) if size == "learned" else 1
+    return SegmentCache(zeros, zeros, jnp.zeros((batch, length, count, width), dtype))
+
+
 def segment_sizes(size: str, segment: int, ratio: float, context: int) -> tuple[int, ...]:
     """Tokens a segment; several to choose from where the size is learned."""
     if size == "fixed":
@@ -272,7 +288,7 @@ def check(
     size: str,
     segment: int,
     ratio: float,
-    context: int,
+    sequence_length: int,
     mixture: str,
     pool: str,
     combine: str,
@@ -286,15 +302,15 @@ def check(
             "answered before the last. Set size to fixed, ratio or learned; SegmentPool, which reads "
             "whole texts, can cut by content."
         )
-    if size != "fixed" and context < 8:
+    if size != "fixed" and sequence_length < 8:
         raise ConfigError(
-            f"context={context} with size={size!r} must be at least 8: segments are a quarter to a "
-            "half of the context length. Set it to the sequence length, or size='fixed'."
+            f"data.sequence_length={sequence_length} with size={size!r} must be at least 8: segments are "
+            "a quarter to a half of it. Set a longer sequence, or size='fixed'."
         )
-    if size == "fixed" and context and segment > context:
+    if size == "fixed" and sequence_length and segment > sequence_length:
         raise ConfigError(
-            f"segment={segment} is more than context={context}: one segment would hold the whole "
-            "sequence and no token could look at an earlier one. Set segment to at most half of it."
+            f"segment={segment} is longer than data.sequence_length={sequence_length}: one segment would "
+            "hold the whole sequence. Set segment to at most half of it."
         )
     if pool not in ("mean", "last"):
         raise ConfigError(f"pool={pool!r} must be 'mean' or 'last', the last token of a segment.")

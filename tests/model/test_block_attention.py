@@ -37,7 +37,7 @@ def plain_mask(q, k, positions, documents, block: int, chosen: int) -> np.ndarra
 def mask_of(module, x, positions, documents):
     turned = module.full.rotated(module.full.heads(x), positions)
     here, _ = places(positions, documents)
-    return block_mask(turned.query, turned.key, here, here, block=module.block, k=module.k)
+    return block_mask(turned.query, turned.key, here, here, block=module.block, top_k=module.top_k)
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +45,12 @@ def packed():
     return variants.inputs(*PACKED)
 
 
-@pytest.mark.parametrize(("block", "k"), [(2, 2), (3, 3), (1, 3), (4, 1), (20, 2)])
-def test_equals_plain_loops(packed, block, k):
-    module = variants.attention(BlockAttention, block=block, k=k)
+@pytest.mark.parametrize(("block", "top_k"), [(2, 2), (3, 3), (1, 3), (4, 1), (20, 2)])
+def test_equals_plain_loops(packed, block, top_k):
+    module = variants.attention(BlockAttention, block=block, top_k=top_k)
     x, positions, documents = packed
     q, keys, v = variants.plain_heads(module.full, x, positions)
-    mask = plain_mask(q, keys, positions, documents, block, k)
+    mask = plain_mask(q, keys, positions, documents, block, top_k)
     out = np.zeros_like(q)
     valid = np.asarray(documents) > 0
     for b, h, t in np.ndindex(len(PACKED), H, q.shape[1]):
@@ -65,8 +65,8 @@ def test_equals_plain_loops(packed, block, k):
 
 
 def test_enough_blocks_are_full_attention_in_output_and_gradient(packed):
-    module = variants.attention(BlockAttention, block=3, k=5)
-    some = variants.attention(BlockAttention, block=3, k=2)
+    module = variants.attention(BlockAttention, block=3, top_k=5)
+    some = variants.attention(BlockAttention, block=3, top_k=2)
     x, positions, documents = packed
     valid = (documents > 0)[..., None]
 
@@ -83,9 +83,9 @@ def test_enough_blocks_are_full_attention_in_output_and_gradient(packed):
     assert np.abs(fewer - both(x)[0]).max() > 0.01
 
 
-def test_own_block_always_and_never_more_than_k(packed):
+def test_own_block_always_and_never_more_than_asked(packed):
     x, positions, documents = packed
-    module = variants.attention(BlockAttention, block=2, k=3)
+    module = variants.attention(BlockAttention, block=2, top_k=3)
     mask = mask_of(module, x, positions, documents)
     mask, rows = np.asarray(mask), np.arange(13)
     assert mask[:, :, rows, rows].all()
@@ -100,7 +100,7 @@ def test_the_best_block_is_the_one_whose_mean_key_points_at_the_query():
     keys = jnp.eye(4)[jnp.array([0, 0, 1, 1, 2, 2, 3, 3])][None, :, None]  # [1 8 1 4], blocks of 2
     q = jnp.broadcast_to(jnp.eye(4)[1], (1, 8, 1, 4))
     here, _ = places(jnp.arange(8)[None], jnp.ones((1, 8), int))
-    mask = jax.jit(partial(block_mask, block=2, k=2))(q, keys, here, here)
+    mask = jax.jit(partial(block_mask, block=2, top_k=2))(q, keys, here, here)
     np.testing.assert_array_equal(mask[0, 0, 7], [0, 0, 1, 1, 0, 0, 1, 1])
     # While block 1 is the query's own, the tie among the others goes to the first.
     np.testing.assert_array_equal(mask[0, 0, 2], [1, 1, 1, 0, 0, 0, 0, 0])
@@ -108,7 +108,7 @@ def test_the_best_block_is_the_one_whose_mean_key_points_at_the_query():
 
 def test_selection_has_no_gradient_of_its_own(packed):
     x, positions, documents = packed
-    module = variants.attention(BlockAttention, block=2, k=2)
+    module = variants.attention(BlockAttention, block=2, top_k=2)
     mask = mask_of(module, x, positions, documents)
 
     def routed(x):
@@ -126,7 +126,7 @@ def test_selection_has_no_gradient_of_its_own(packed):
 
 @pytest.mark.parametrize("at", [3, 8])
 def test_no_output_depends_on_later_tokens(packed, at):
-    module = variants.attention(BlockAttention, block=3, k=2)
+    module = variants.attention(BlockAttention, block=3, top_k=2)
     before, after = variants.future_leaks(module, *packed, at)
     assert before < 1e-6
     assert after > 0.01
@@ -134,7 +134,7 @@ def test_no_output_depends_on_later_tokens(packed, at):
 
 def test_documents_do_not_see_each_other(packed):
     x, positions, documents = packed
-    module = variants.attention(BlockAttention, block=2, k=3)
+    module = variants.attention(BlockAttention, block=2, top_k=3)
     call = jax.jit(lambda x: module(x, positions, documents).output)
     moved = np.abs(call(x) - call(x.at[1, :5].add(1.0))).max(axis=-1)
     assert moved[1, :5].max() > 0.01
@@ -146,12 +146,20 @@ def test_documents_do_not_see_each_other(packed):
 
 @pytest.mark.parametrize("qk_norm", ["none", "head"])
 def test_cached_steps_equal_teacher_forcing(qk_norm):
-    module = variants.attention(BlockAttention, block=3, k=2, qk_norm=qk_norm)
+    module = variants.attention(BlockAttention, block=3, top_k=2, qk_norm=qk_norm)
     zeros = jnp.zeros((2, 14, Q, X))
     variants.cached_equals_full(module, KeyValues(zeros, zeros), length=12, prompt=4)
 
 
-@pytest.mark.parametrize("options", [{"block": 0}, {"k": 0}])
+def test_a_cache_with_gaps_is_refused():
+    module = variants.attention(BlockAttention, block=3, top_k=2)
+    zeros = jnp.zeros((1, 4, Q, X))
+    cache = KeyValues(zeros, zeros, jnp.zeros((1, 4), jnp.int32))
+    with pytest.raises(ConfigError, match="leave tokens out"):
+        module(*variants.inputs([2]), cache, jnp.int32(0))
+
+
+@pytest.mark.parametrize("options", [{"block": 0}, {"top_k": 0}])
 def test_impossible_options_are_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         variants.attention(BlockAttention, **options)

@@ -180,7 +180,7 @@ def test_last_token_pooling_sees_the_whole_earlier_segment_through_it(packed):
     [
         {"segment": 3},
         {"segment": 2, "top_k": 1, "pool": "last"},
-        {"size": "learned", "context": 13},
+        {"size": "learned", "sequence_length": 13},
     ],
 )
 def test_no_output_depends_on_later_tokens(packed, options):
@@ -206,7 +206,7 @@ def test_documents_do_not_see_each_other(packed):
     [
         {"segment": 3},
         {"segment": 2, "top_k": 2, "pool": "last"},
-        {"size": "learned", "context": 12},
+        {"size": "learned", "sequence_length": 12},
     ],
 )
 def test_cached_steps_equal_teacher_forcing(options):
@@ -217,10 +217,10 @@ def test_cached_steps_equal_teacher_forcing(options):
 
 
 def test_a_learned_size_is_the_mixture_of_its_ratios(packed):
-    learned = variants.attention(SegmentAttention, size="learned", context=13)
+    learned = variants.attention(SegmentAttention, size="learned", sequence_length=13)
     fixed = []
     for ratio in (1 / 4, 1 / 3, 1 / 2):
-        module = variants.attention(SegmentAttention, size="ratio", ratio=ratio, context=13)
+        module = variants.attention(SegmentAttention, size="ratio", ratio=ratio, sequence_length=13)
         module.full, module.cross = learned.full, learned.cross
         fixed.append(module)
     assert [module.sizes for module in fixed] == [(4,), (5,), (6,)]
@@ -237,7 +237,11 @@ def test_a_learned_size_is_the_mixture_of_its_ratios(packed):
 
 def test_straight_through_takes_one_size_and_still_learns_which(packed):
     module = variants.attention(
-        SegmentAttention, size="learned", context=13, mixture="straight_through", combine="concat"
+        SegmentAttention,
+        size="learned",
+        sequence_length=13,
+        mixture="straight_through",
+        combine="concat",
     )
     graph, params = nnx.split(module)
 
@@ -304,8 +308,8 @@ def test_weights_learn_to_find_the_marked_segment():
     ("options", "name"),
     [
         ({"size": "content"}, "SegmentPool"),
-        ({"size": "ratio"}, "context=0"),
-        ({"segment": 9, "context": 8}, "segment=9"),
+        ({"size": "ratio"}, "sequence_length=0"),
+        ({"segment": 9, "sequence_length": 8}, "segment=9"),
         ({"pool": "max"}, "pool"),
         ({"combine": "sum"}, "combine"),
         ({"top_k": -1}, "top_k"),
