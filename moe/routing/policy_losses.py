@@ -5,8 +5,9 @@ REINFORCE (Williams 1992) for routing: Bengio et al. 2015 (arXiv:1511.06297), Ro
 
 All are pure, unweighted, and take the cross-entropy of each token after the whole forward pass. As
 in `moe.routing.losses`, each returns its report's part of a step's loss: the parts of microbatches
-add up. Usual weights: policy 0.01, baseline 0.01, entropy 5e-4 (Muqeeth et al. 2023,
-arXiv:2306.03745, in the authors' code).
+add up. `policy` and `policy_entropy` read a model's report; the rest is what they are made of. Usual
+weights: policy 0.01, baseline 0.01, entropy 5e-4 (Muqeeth et al. 2023, arXiv:2306.03745, in the
+authors' code).
 """
 
 import jax
@@ -14,11 +15,66 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
 from moe.errors import ConfigError
-from moe.routing.types import Scalar
+from moe.routing.types import PER_TOKEN, LayerReport, Scalar
 
 CREDITS = ("token", "sequence", "to_go")
+LOG_PROB, BASELINE = PER_TOKEN + "log_prob", PER_TOKEN + "baseline"
+ENTROPY, EXPERTS = PER_TOKEN + "policy_entropy", PER_TOKEN + "experts"
 
 Total = Scalar | Shaped[Array, ""]  # a count, of any type
+
+
+def policy(
+    report: LayerReport,
+    token_cost: Float[Array, "B S"],
+    valid: Bool[Array, "B S"],
+    *,
+    total_tokens: Total,
+    credit: str = "token",
+    penalty: float = 0.0,
+    baseline_weight: float = 1.0,
+) -> Float[Array, ""]:
+    """The loss of a routing policy: the score-function surrogate and its baseline's own loss.
+
+    Args:
+        report: stacked over layers, with the terms `token/log_prob`, `token/baseline` and, for a
+            penalty, `token/experts`.
+        token_cost: cross-entropy of each token, nats.
+        valid: `[B S]`, True where a token counts.
+        total_tokens: valid tokens of the whole step.
+        credit: which cost a choice answers for, one of `CREDITS`.
+        penalty: nats added to the cost for each expert that a token visits.
+        baseline_weight: of the Huber loss, beside the surrogate; only a learned baseline has use
+            for it.
+
+    Returns:
+        This report's part of the loss.
+
+    Raises:
+        ConfigError: an unknown credit, or a penalty where the number of experts is fixed.
+    """
+    terms, cost = report.token_terms, credited(token_cost, valid, credit)
+    if penalty:
+        if EXPERTS not in terms:
+            raise ConfigError(
+                f"losses.policy_penalty={penalty} with a router whose number of experts is fixed: "
+                "the price would be the same for every choice. Set losses.policy_penalty=0.0, or "
+                "router.name='bernoulli'."
+            )
+        cost = penalised(cost, terms[EXPERTS], penalty)
+    baseline = terms[BASELINE]
+    surrogate = policy_loss(
+        terms[LOG_PROB], cost, valid, total_tokens=total_tokens, baseline=baseline
+    )
+    foresight = baseline_loss(baseline, cost, valid, total_tokens=total_tokens)
+    return surrogate + baseline_weight * foresight
+
+
+def policy_entropy(
+    report: LayerReport, valid: Bool[Array, "B S"], *, total_tokens: Total
+) -> Float[Array, ""]:
+    """`entropy_loss` of a report with the term `token/policy_entropy`."""
+    return entropy_loss(report.token_terms[ENTROPY], valid, total_tokens=total_tokens)
 
 
 def policy_loss(
@@ -109,7 +165,9 @@ def penalised(
     return cost + penalty * experts.astype(jnp.float32).mean(axis=0)
 
 
-def credit(cost: Float[Array, "B S"], valid: Bool[Array, "B S"], scope: str) -> Float[Array, "B S"]:
+def credited(
+    cost: Float[Array, "B S"], valid: Bool[Array, "B S"], scope: str
+) -> Float[Array, "B S"]:
     """Says which cost a token's choice answers for.
 
     * `token`: its own. Least noise, blind to what later tokens read from it.
@@ -127,7 +185,9 @@ def credit(cost: Float[Array, "B S"], valid: Bool[Array, "B S"], scope: str) -> 
         ConfigError: an unknown scope.
     """
     if scope not in CREDITS:
-        raise ConfigError(f"credit={scope!r} is not one of {', '.join(CREDITS)}; choose one.")
+        raise ConfigError(
+            f"losses.policy_credit={scope!r} is not one of {', '.join(CREDITS)}; choose one."
+        )
     counted, cost = valid.astype(jnp.float32), jnp.where(valid, cost, 0.0)
     if scope == "token":
         return cost

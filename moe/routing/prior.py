@@ -15,6 +15,8 @@ from moe.routing import topk
 from moe.routing.router import Router
 from moe.routing.types import Routing, Scalar, State
 
+RULED_OUT = -1e9
+
 
 def route(
     logits: Float[Array, "B S E"],
@@ -101,6 +103,15 @@ def set_prior(
 ) -> State:
     """Returns the state of the layers with their `log_prior` updated by `hedge`; the rest stays."""
     return {**state, "log_prior": hedge(state["log_prior"], rewards, eta, floor)}
+
+
+def without(state: State, expert: int) -> State:
+    """Returns the state with one module ruled out in every layer, for `ablation_rewards`.
+
+    The probabilities of the others are renormalised by the softmax that follows. The prior is made
+    tiny and not 0, so that logarithms and their products stay finite.
+    """
+    return {**state, "log_prior": state["log_prior"].at[..., expert].set(RULED_OUT)}
 
 
 def init_state(

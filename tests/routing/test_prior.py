@@ -138,6 +138,17 @@ def test_the_prior_moves_choices_and_a_uniform_one_is_topk():
     np.testing.assert_array_equal(ignored.plan.expert, plain.plan.expert)
 
 
+def test_a_module_that_is_ruled_out_is_never_chosen_and_the_rest_is_renormalised():
+    logits = jnp.asarray(random_logits((3, 6, E)))
+    state = prior.without({"log_prior": UNIFORM}, 2)
+    ablated = prior.route(logits, VALID, k=E - 1, state=state)
+    assert not (ablated.plan.expert == 2).any()
+    kept = np.array(jax.nn.softmax(logits))
+    kept[..., 2] = 0.0
+    np.testing.assert_allclose(ablated.probs, kept / kept.sum(-1, keepdims=True), rtol=1e-5)
+    np.testing.assert_allclose(ablated.plan.gate.sum(-1), 1.0, rtol=1e-6)
+
+
 def test_the_prior_gets_no_gradient():
     logits = jnp.asarray(random_logits((3, 6, E)))
 

@@ -11,13 +11,15 @@ from moe.errors import ConfigError
 from moe.routing import bernoulli, reinforce
 from moe.routing.policy_losses import (
     baseline_loss,
-    credit,
+    credited,
     entropy_loss,
     leave_one_out,
     penalised,
+    policy,
+    policy_entropy,
     policy_loss,
 )
-from tests.routing.cases import random_logits
+from tests.routing.cases import random_logits, report_of
 
 N, E = 20000, 4
 KEY = jax.random.key(6)
@@ -174,7 +176,7 @@ def test_padding_adds_nothing_even_if_it_is_not_a_number():
     cost, log_prob = jnp.array([[2.0, jnp.nan]]), jnp.array([[[-1.0, jnp.nan]]])
     assert policy_loss(log_prob, cost, valid, total_tokens=1) == -2.0
     assert entropy_loss(log_prob, valid, total_tokens=1) == 1.0
-    assert credit(cost, valid, "sequence").tolist() == [[2.0, 2.0]]
+    assert credited(cost, valid, "sequence").tolist() == [[2.0, 2.0]]
 
 
 @pytest.mark.parametrize(
@@ -200,11 +202,52 @@ def test_leave_one_out_judges_a_pass_by_the_others():
 def test_credit():
     cost = jnp.array([[1.0, 2.0, 3.0, 100.0]])
     valid = jnp.array([[True, True, True, False]])
-    assert credit(cost, valid, "token").tolist() == [[1, 2, 3, 0]]
-    assert credit(cost, valid, "sequence").tolist() == [[2, 2, 2, 2]]
-    assert credit(cost, valid, "to_go").tolist() == [[2, 2.5, 3, 0]]
+    assert credited(cost, valid, "token").tolist() == [[1, 2, 3, 0]]
+    assert credited(cost, valid, "sequence").tolist() == [[2, 2, 2, 2]]
+    assert credited(cost, valid, "to_go").tolist() == [[2, 2.5, 3, 0]]
     with pytest.raises(ConfigError, match="not one of token, sequence, to_go"):
-        credit(cost, valid, "row")
+        credited(cost, valid, "row")
+
+
+def reported(router, k):
+    """A report of two layers, and the terms that it was made of."""
+    logits = random_logits((2, 3, E))
+    routing = route(logits, router=router, k=k, state=reinforce.init_state(E, 1, 1, KEY))
+    one = report_of(routing, np.ones((2, 3), bool))
+    return jax.tree.map(lambda x: jnp.stack([x, 2 * x]), one)
+
+
+def test_losses_of_a_report_are_made_of_its_terms():
+    cost = jnp.asarray(np.abs(random_logits((2, 3), seed=1)))
+    valid = jnp.asarray(np.arange(3) < np.array([[3], [2]]))
+    total = {"total_tokens": 5}
+    report = reported(bernoulli.route, 2)
+    terms = report.token_terms
+    assert terms["token/log_prob"].shape == (2, 2, 3)
+    price = penalised(cost, terms["token/experts"], 0.3)
+    expected = policy_loss(terms["token/log_prob"], price, valid, **total)
+    expected += 0.5 * baseline_loss(jnp.zeros((2, 2, 3)), price, valid, **total)
+    value = policy(report, cost, valid, penalty=0.3, baseline_weight=0.5, **total)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        policy_entropy(report, valid, **total),
+        entropy_loss(terms["token/policy_entropy"], valid, **total),
+        rtol=1e-6,
+    )
+    with pytest.raises(ConfigError, match=r"penalty=0\.3 with a router whose number"):
+        policy(reported(reinforce.route, 1), cost, valid, penalty=0.3, **total)
+
+
+def test_parts_of_microbatches_add_up():
+    cost = jnp.asarray(np.abs(random_logits((2, 3), seed=1)))
+    valid, report = jnp.ones((2, 3), bool), reported(reinforce.route, 1)
+    whole = policy(report, cost, valid, total_tokens=6, credit="sequence")
+    terms = report.token_terms
+    parts = []
+    for row in (slice(0, 1), slice(1, 2)):
+        part = report._replace(token_terms={n: x[:, row] for n, x in terms.items()})
+        parts.append(policy(part, cost[row], valid[row], total_tokens=6, credit="sequence"))
+    np.testing.assert_allclose(sum(parts), whole, rtol=1e-5)
 
 
 def test_bernoulli_switches_each_expert_on_with_its_own_probability():
