@@ -3,6 +3,7 @@
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 import numpy as np
 import pytest
 
@@ -16,6 +17,8 @@ from moe.model.attention_table import (
     make_attention,
 )
 from moe.model.attention_types import AttentionOutput
+from moe.parallel.mesh import make_mesh
+from moe.parallel.rules import BATCH_SPEC, parameter_spec
 from tests.model import variants
 from tests.model.variants import COMMON, D, H, Q, X
 
@@ -28,10 +31,11 @@ SMALL = {
 }
 
 
-def make(name: str):
+def make(name: str, options=None):
+    options = SMALL[name] if options is None else options
     return variants.drawn(
         lambda rngs: make_attention(
-            name, SMALL[name], D, H, Q, X, sequence_length=12, rngs=rngs, **COMMON
+            name, options, D, H, Q, X, sequence_length=12, rngs=rngs, **COMMON
         )
     )
 
@@ -83,6 +87,44 @@ def test_every_parameter_names_its_axes_and_gets_a_gradient(name):
         value = variable.get_value()
         assert len(variable.get_metadata()["axes"]) == value.ndim, path
         assert np.abs(grads[path].get_value()).max() > 0, path
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [*SMALL.items(), ("kmeans", {"clusters": 2, "mode": "top_w"})]
+)
+def test_a_mesh_gives_the_same_outputs_and_gradients(name, options):
+    """Batch over two devices, heads and centroids over two."""
+    graph, params = nnx.split(make(name, options))
+    inputs = variants.inputs([12], [5, 7], [9], [3, 3, 3])
+
+    def loss(params, inputs):
+        output = AttentionOutput(*nnx.merge(graph, params)(*inputs)).output
+        return jnp.sum(jnp.sin(output)), output
+
+    step = jax.value_and_grad(loss, has_aux=True)
+    (_, output), gradient = jax.jit(step)(params, inputs)
+    mesh = make_mesh(data=2, tensor=2, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, nnx_shardings(params, mesh))
+        rows = jax.device_put(inputs, NamedSharding(mesh, BATCH_SPEC))
+        (_, spread), spread_gradient = jax.jit(step)(placed, rows)
+    np.testing.assert_allclose(spread, output, atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), spread_gradient, gradient
+    )
+
+
+def nnx_shardings(params, mesh):
+    """A state like `params` with the sharding of each array in its place."""
+    flat = [
+        (path, variable.replace(NamedSharding(mesh, spec_of(variable))))
+        for path, variable in nnx.to_flat_state(params)
+    ]
+    return nnx.from_flat_state(flat)
+
+
+def spec_of(variable):
+    return parameter_spec(variable.get_metadata()["axes"], variable.get_value().ndim)
 
 
 def test_top_w_clusters_are_refused_in_a_language_model():
