@@ -13,6 +13,7 @@ import numpy as np
 from moe.data.types import Batch
 from moe.dispatch.types import Dispatch
 from moe.evaluation import routing_sums
+from moe.evaluation.parameter_similarity import similarity_metrics
 from moe.evaluation.routing_sums import RoutingSums
 from moe.model.layer import Call
 from moe.routing import metrics
@@ -124,7 +125,8 @@ def evaluate(
         if sample is None and experts is not None:
             sample = Sample(np.asarray(local.tokens[0]), np.asarray(experts), int(local.domain[0]))
     assert sums is not None
-    return summarize(sums, domains)._replace(sample=sample)
+    found = summarize(sums, domains)
+    return found._replace(metrics=found.metrics | similarity_metrics(params), sample=sample)
 
 
 def _to_host(sums: EvalSums) -> EvalSums:

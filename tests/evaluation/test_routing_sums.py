@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
@@ -12,6 +13,8 @@ from moe.dispatch.reference import reference
 from moe.evaluation import routing_analysis as analysis
 from moe.evaluation import routing_paths, routing_sums
 from moe.evaluation.evaluate import evaluate, make_eval_step
+from moe.parallel.mesh import make_mesh
+from moe.parallel.rules import BATCH_SPEC
 from tests import tiny
 
 OPTIONS = ("model.num_experts=4",)
@@ -129,3 +132,23 @@ def test_dropped_and_missing_choices_visit_nobody():
     hot = np.asarray(routing_sums.visits(expert, 3))
     np.testing.assert_array_equal(hot, analysis.multi_hot(np.asarray(expert), 3))
     assert hot.sum() == 3
+
+
+def test_sharded_sums_equal_those_of_one_device(whole):
+    mesh = make_mesh(data=2, fsdp=1, expert=1, tensor=4)
+    model = whole.model
+    step = make_eval_step(
+        model.skeleton, reference, jnp.ones(tiny.VOCAB, jnp.int32), 2, vocabulary=True
+    )
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    rows = NamedSharding(mesh, BATCH_SPEC)
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(
+            step,
+            in_shardings=(everywhere, everywhere, rows, everywhere),
+            out_shardings=everywhere,
+        )
+        sums, _ = jitted(model.params, model.router, whole.parts[0], jax.random.key(0))
+    alone, _ = whole.step(model.params, model.router, whole.parts[0], jax.random.key(0))
+    one, two = (routing_sums.collect(s.routing) for s in (sums, alone))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
