@@ -1,5 +1,7 @@
 """Shapes of models that other configs import: `config.model.update(models.olmoe_1b_7b())`.
 
+There, `models = import_beside(__file__, "models.py")`, of `moe.config`.
+
 The public shapes have the parameter counts of the released checkpoints (a test holds them equal):
 OLMoE-1B-7B (Muennighoff et al. 2024, arXiv:2409.02060), Mixtral-8x7B (Jiang et al. 2024,
 arXiv:2401.04088), Qwen3-30B-A3B (Yang et al. 2025, arXiv:2505.09388).

@@ -4,11 +4,14 @@
 
 Top-4 of 16 fine-grained experts with renormalised softmax gates (as in Qwen3, arXiv:2505.09388), dropless,
 with a global balance loss (arXiv:2501.11873). After a colon comes a twin: `:dense` is the dense model
-of equal active FLOPs, `:router=NAME` another router with its own defaults. Both change nothing else.
+of equal active FLOPs, `:router=NAME` a preset of configs/routers.py: another router with the settings of its
+paper, at equal active FLOPs. Both change nothing else.
 """
 
-from moe.config import ConfigDict, default_config
+from moe.config import ConfigDict, default_config, import_beside
 from moe.errors import ConfigError
+
+routers = import_beside(__file__, "routers.py")
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -31,7 +34,7 @@ def _apply(config: ConfigDict, part: str) -> None:
     if name == "dense":
         config.model.pattern = ("dense",)
     elif name == "router":
-        config.router.name = value
+        routers.apply(config, value)
     else:
         raise ConfigError(
             f"argument {part!r} of configs/quickstart.py is neither 'dense' nor 'router=NAME': write for "

@@ -6,6 +6,9 @@ A section is the keyword arguments of one function; `router` and `dispatch` are 
 import ast
 from collections.abc import Iterable, Mapping
 import difflib
+import importlib.util
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ml_collections
@@ -89,6 +92,27 @@ def default_config() -> ConfigDict:
             "evaluation": {"every": 100, "batches": None},  # None: the whole split
         }
     ).lock()
+
+
+def import_beside(file: str, name: str) -> ModuleType:
+    """The module in the file `name` in the folder of `file`, wherever a program runs from.
+
+    Config files are run by path and belong to no package, so that they cannot import each other.
+
+    Args:
+        file: `__file__` of the config.
+        name: as `models.py`.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    path = Path(file).with_name(name)
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}.{path.stem}", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ConfigError(f"{file} needs {path}, which is no Python file: copy it there.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def dotted_keys(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> Iterable[str]:
