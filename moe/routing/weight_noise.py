@@ -17,6 +17,7 @@ Weights are drawn at a scale of D^-1/2, so literal noise of scale 1 is D^1/2 tim
 drowns them: training diverges or learns nothing. No mode cures vanishing gradients; noise explores.
 """
 
+import math
 from typing import Any
 
 from flax import nnx
@@ -34,7 +35,13 @@ MODES = ("literal", "relative", "learned", "factorised")
 
 
 def perturb(
-    tree: Any, key: PRNGKeyArray | None, mode: str, scale: Scalar = 1.0, sigma: Any = None
+    tree: Any,
+    key: PRNGKeyArray | None,
+    mode: str,
+    scale: Scalar = 1.0,
+    sigma: Any = None,
+    *,
+    stacked: int = 0,
 ) -> Any:
     """Adds noise to every array of a tree; the gradient with respect to `tree` passes unchanged.
 
@@ -42,13 +49,14 @@ def perturb(
     step, which its microbatches and layers' recomputations then share.
 
     Args:
-        tree: float arrays whose last two axes are a matrix `[in, out]`; axes before them (experts,
-            layers) hold matrices of their own. A vector counts as one row.
+        tree: float arrays `[in, out ...]`, behind `stacked` axes. A vector counts as one row.
         key: of the draw; None, as in evaluation, returns `tree` itself.
         mode: one of `MODES`.
         scale: size of the noise, see the table above; may be traced; 0 is the identity.
         sigma: a tree of the same structure for `learned` and `factorised`, with its gradient;
             `factorised` without it takes the standard deviation of each matrix.
+        stacked: axes in front that count matrices of their own: 0 for a gate, 1 for experts
+            (`[E D F]`, `[E D P F]`), one more for stacked layers.
 
     Returns:
         The noisy tree, in the types of `tree`.
@@ -66,41 +74,51 @@ def perturb(
     given = [None] * len(leaves) if sigma is None else structure.flatten_up_to(sigma)
     keys = jax.random.split(key, len(leaves))
     return structure.unflatten(
-        _noisy(w, s, k, mode, scale) for w, s, k in zip(leaves, given, keys, strict=True)
+        _noisy(w, s, k, mode, scale, stacked) for w, s, k in zip(leaves, given, keys, strict=True)
     )
 
 
 def _noisy(
-    weight: Array, sigma: Array | None, key: PRNGKeyArray, mode: str, scale: Scalar
+    weight: Array, sigma: Array | None, key: PRNGKeyArray, mode: str, scale: Scalar, stacked: int
 ) -> Array:
     """One array with its noise, computed in float32."""
     exact = weight.astype(jnp.float32)
     if mode == "literal":
         sigma = jnp.ones(())
     elif sigma is None or mode == "relative":
-        axes = tuple(range(-min(2, weight.ndim), 0))
+        axes = tuple(range(stacked, weight.ndim))
         sigma = jax.lax.stop_gradient(exact.std(axis=axes, keepdims=True))
-    noise = (factorised_noise if mode == "factorised" else jax.random.normal)(key, weight.shape)
+    if mode == "factorised":
+        noise = factorised_noise(key, weight.shape, stacked)
+    else:
+        noise = jax.random.normal(key, weight.shape)
     return (exact + scale * sigma * noise).astype(weight.dtype)
 
 
-def factorised_noise(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
-    """`f(a_i) f(b_j)` for matrices `[..., in, out]`: in + out draws in place of in * out.
+def factorised_noise(key: PRNGKeyArray, shape: tuple[int, ...], stacked: int = 0) -> Array:
+    """`f(a_i) f(b_j)` for matrices `[in, out ...]`: in + out draws in place of in * out.
 
     Mean 0 and variance 2/pi; entries of a row or of a column are not independent.
     """
-    if len(shape) < 2:
-        return factorised_noise(key, (1, *shape))[0]
+    front = shape[:stacked]
+    inputs, outputs = _matrix(shape, stacked)
     rows, columns = jax.random.split(key)
-    a = jax.random.normal(rows, (*shape[:-1], 1))
-    b = jax.random.normal(columns, (*shape[:-2], 1, shape[-1]))
-    return jnp.sign(a) * jnp.sqrt(jnp.abs(a)) * jnp.sign(b) * jnp.sqrt(jnp.abs(b))
+    a = jax.random.normal(rows, (*front, inputs, 1))
+    b = jax.random.normal(columns, (*front, 1, outputs))
+    a, b = (jnp.sign(x) * jnp.sqrt(jnp.abs(x)) for x in (a, b))
+    return (a * b).reshape(shape)
 
 
-def initial_sigma(weight: Float[Array, "*A"]) -> Float[Array, "*A"]:
+def initial_sigma(shape: tuple[int, ...], stacked: int = 0) -> Array:
     """NoisyNets' start: `0.5 / sqrt(fan_in)` everywhere (section 3.2, factorised)."""
-    fan_in = weight.shape[-2] if weight.ndim > 1 else 1
-    return jnp.full(weight.shape, 0.5 * fan_in**-0.5)
+    return jnp.full(shape, 0.5 * _matrix(shape, stacked)[0] ** -0.5)
+
+
+def _matrix(shape: tuple[int, ...], stacked: int) -> tuple[int, int]:
+    """Inputs and outputs of an array's matrices; a vector is one row."""
+    own = shape[stacked:]
+    inputs = own[0] if len(own) > 1 else 1
+    return inputs, math.prod(own) // inputs
 
 
 class Sigmas(nnx.Module):
@@ -108,15 +126,16 @@ class Sigmas(nnx.Module):
 
     Args:
         weights: the parameters that noise is added to, by name; each sigma gets its axes.
+        stacked: as for `perturb`.
 
     Attributes:
         sigma: float32 parameters by the same names.
     """
 
-    def __init__(self, weights: dict[str, nnx.Param]):
+    def __init__(self, weights: dict[str, nnx.Param], *, stacked: int = 0):
         self.sigma = nnx.Dict(
             {
-                name: nnx.Param(initial_sigma(weight[...]), **weight.get_metadata())
+                name: nnx.Param(initial_sigma(weight[...].shape, stacked), **weight.get_metadata())
                 for name, weight in weights.items()
             }
         )

@@ -68,13 +68,24 @@ def test_literal_noise_drowns_weights_of_the_usual_scale():
 
 
 def test_experts_of_a_stack_have_noise_of_their_own_size():
-    stack = jnp.asarray(np.random.default_rng(4).normal(size=(2, 60, 50)), jnp.float32)
-    stack = stack * jnp.array([1.0, 10.0]).reshape(2, 1, 1)
-    noise = perturb(stack, KEY, "relative", 0.1) - stack
-    np.testing.assert_allclose(noise.std(axis=(1, 2)), [0.1, 1.0], rtol=0.05)
-    np.testing.assert_raises(
-        AssertionError, np.testing.assert_allclose, 10 * noise[0], noise[1], rtol=0.1
-    )
+    experts = jnp.asarray(np.random.default_rng(4).normal(size=(2, 60, 2, 30)), jnp.float32)
+    experts = experts * jnp.array([1.0, 10.0]).reshape(2, 1, 1, 1)
+    noise = np.asarray(perturb(experts, KEY, "relative", 0.1, stacked=1) - experts)
+    np.testing.assert_allclose(noise.std(axis=(1, 2, 3)), [0.1, 1.0], rtol=0.05)
+    assert not np.allclose(10 * noise[0], noise[1], rtol=0.1)
+
+    rank_one = np.asarray(weight_noise.factorised_noise(KEY, (2, 60, 2, 30), 1)).reshape(2, 60, 60)
+    assert np.linalg.matrix_rank(rank_one).tolist() == [1, 1]
+    assert not np.allclose(rank_one[0], rank_one[1])
+    sigma = weight_noise.initial_sigma((2, 64, 2, 30), 1)
+    np.testing.assert_allclose(sigma, 0.5 / 8, rtol=1e-6)
+
+
+def test_a_vector_is_one_row():
+    vector = jnp.zeros(500)
+    noise = perturb(vector, KEY, "factorised", sigma=jnp.ones(500))
+    assert noise.shape == (500,)
+    assert len(np.unique(noise)) > 400
 
 
 @pytest.mark.parametrize("mode", MODES)
