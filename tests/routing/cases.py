@@ -10,7 +10,7 @@ from jaxtyping import Array
 import numpy as np
 
 from moe.routing.report import layer_report
-from moe.routing.router import Router, parameters_of, pick_inputs, pick_options
+from moe.routing.router import INPUTS, Router, parameters_of, pick_inputs, pick_options
 from moe.routing.table import ROUTERS
 from moe.routing.types import Choices, LayerReport, Routing, State
 
@@ -38,9 +38,11 @@ class Case(NamedTuple):
     k: int
     options: dict[str, Any] = {}  # noqa: RUF012 - never changed
     softmax: bool = True  # probs and gates do not see a shift of a token's logits
-    gate_sum: float | None = 1.0  # None: not fixed
+    gate_sum: float | str | None = 1.0  # "largest": of the k largest probs; None: not fixed
     training: bool = False  # decide as in training, with a key
     inputs: Callable[[Array], dict[str, Array]] | None = None  # the gate's own inputs, of logits
+    estimates: bool = False  # gradients are estimates, not those of what was computed
+    variable: bool = False  # another number of choices than k, or not for every token
 
     @property
     def router(self) -> Router:
@@ -50,6 +52,34 @@ class Case(NamedTuple):
     def draws(self) -> bool:
         """Whether the decision depends on a key."""
         return self.router.needs_key_in_eval or (self.training and "key" in self._named)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether every token has exactly k choices."""
+        return self.router.fixed_k and not self.variable
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token's choice must not depend on later ones."""
+        router = self.router
+        return router.causality != "C3" or (router.causal_in_eval and not self.training)
+
+    @property
+    def permutes(self) -> bool:
+        """Whether renumbering experts must renumber choices; noise has numbers of its own."""
+        return self.router.learned and self.router.permutes_experts and not self.draws
+
+    @property
+    def smooth(self) -> bool:
+        """Whether gradients of gates are their derivatives."""
+        return self.router.learned and not self.draws and not self.estimates
+
+    @property
+    def by_logits(self) -> bool:
+        """Whether the gate hands the router nothing but logits, or this case knows the rest."""
+        given = INPUTS | set(self.inputs(jnp.zeros((1, 1, 4))) if self.inputs else ())
+        needed = {n for n, p in self._named.items() if p.default is p.empty}
+        return needed <= given and self.router.plan == "choices"
 
     @property
     def _named(self) -> dict[str, Any]:
@@ -120,23 +150,98 @@ def _state(case, num_experts) -> State:
     facts = {"num_experts": num_experts, "vocab_size": VOCAB, "k": case.k, "key": key}
     facts |= {"token_counts": np.arange(VOCAB) ** 2, "width": num_experts}
     state = make(**pick_inputs(make, facts), **pick_options(make, case.options))
-    if "bias" in state:
-        state["bias"] = 0.3 * jax.random.normal(key, state["bias"].shape)
+    for name in {"bias", "beta"} & set(state):
+        state[name] = 0.3 * jax.random.normal(key, state[name].shape)
     return jax.device_get(state)
 
 
 DEEPSEEK = {"groups": 4, "groups_kept": 2, "scale": 2.5}
+
+
+def _noise(logits):
+    return {"noise_scale": 0.5 + jax.nn.softmax(logits)}
+
+
+def _cosine(logits):
+    return {"cosine": jnp.tanh(logits)}
+
+
+def _foreseen(logits):
+    return {"foreseen": logits[..., 0]}
+
+
+def _thresholds(logits):
+    return {"thresholds": jnp.zeros(logits.shape[-1])}
+
+
+def _group_logits(logits):
+    grouped = logits.reshape(*logits.shape[:2], 4, -1)
+    return {"group_logits": jax.nn.logsumexp(grouped, axis=-1)}
+
+
 CASES = [
-    Case("switch", 1, gate_sum=None),
-    Case("topk", 2, {"normalize": "none"}, gate_sum=None),
+    Case("switch", 1, gate_sum="largest"),
+    Case("gshard", 2),
+    Case("gshard", 2, gate_sum=None, training=True),
+    Case("noisy_topk", 3, {"init": "normal"}, inputs=_noise),
+    Case("noisy_topk", 3, {"init": "normal"}, inputs=_noise, training=True),
+    Case("topk", 2, {"normalize": "none"}, gate_sum="largest"),
     Case("topk", 3, {"normalize": "renormalize"}),
     Case("topk", 3, {"normalize": "topk_softmax"}),
+    Case("deepseek_v2", 3, {**DEEPSEEK, "scale": 16.0}, gate_sum=None),
+    Case("topk", 3, {"score": "sqrt_softplus", "scale": 2.5}, softmax=False, gate_sum=2.5),
+    Case("noisy_topk", 2, {"normalize": "none"}, gate_sum=None, inputs=_noise),
+    Case("quantile", 3, {"score": "sigmoid"}, softmax=False, training=True),
     Case("deepseek_v3", 3, DEEPSEEK, softmax=False, gate_sum=2.5),
     Case("deepseek_v3", 1, {"scale": 2.0}, softmax=False, gate_sum=None),
-    Case("random", 2),
+    Case("quantile", 2),
+    Case("top_p", 3, {"mass": 0.6, "k_max": 5}, gate_sum=None),
+    Case("dynmoe", 3, gate_sum=None, softmax=False, inputs=_thresholds, estimates=True),
+    Case("relu", 3, gate_sum=None, softmax=False),
+    Case("dselect_k", 2),
+    Case("cosine", 2, gate_sum=None, softmax=False, inputs=_cosine),
+    Case("query_key", 2, {"heads": 2}),
+    Case("expert_attention", 2),
+    Case("product_key", 4, {"heads": 2}, gate_sum=2.0),
+    Case("residual", 2),
+    Case("recurrent", 2, {"memory_width": 4}),
+    Case("expert_choice", 2, gate_sum=None),
+    Case("expert_choice", 2, gate_sum=None, training=True),
+    Case("base", 1, gate_sum=None, softmax=False),
+    Case("base", 1, gate_sum=None, softmax=False, training=True),
+    Case("sinkhorn", 2, gate_sum=None),
+    Case("sinkhorn", 2, gate_sum=None, training=True),
     Case("hash", 2, {"kind": "random"}),
     Case("hash", 1, {"kind": "balanced"}),
+    Case("bigram_hash", 2),
+    Case("position", 2),
+    Case("position_weighted", 2, gate_sum=None, softmax=False),
+    Case("random", 2),
+    Case("thor", 1, {"scope": "token"}, training=True),
+    Case("smoe_dropout", 2, gate_sum=None),
+    Case("gumbel", 2, gate_sum=None, training=True),
+    Case("gumbel", 2, {"gates": "renormalize"}, training=True),
+    Case("gumbel_sampled", 2, {"gates": "raw"}, gate_sum=None),
+    Case("reinforce", 1, inputs=_foreseen, training=True),
+    Case("bernoulli", 2, gate_sum=None, softmax=False, inputs=_foreseen, training=True),
+    Case("random_path", 2, {"paths": 2}, gate_sum=None, training=True),
+    Case("random_path_sampled", 2, {"paths": 2}, gate_sum=None),
+    Case("noisy_weights", 2, training=True),
+    Case("prior", 2),
+    Case("soft_moe", 2, gate_sum=None),
+    Case("smear", 1, gate_sum=None),
+    Case("smear", 1, gate_sum=None, training=True),
+    Case("lory", 1, {"segment": 4}, gate_sum=None),
+    Case("two_level", 4, {"groups": 4, "groups_kept": 2}, inputs=_group_logits),
+    Case("balanced_groups", 4, {"groups": 2, "normalize": "renormalize"}),
+    Case("segment", 2, {"segment_size": 2}),
+    Case("segment_self", 2, {"segment_size": 2}),
+    Case("document_pool", 2, {"pool_size": 4, "segment_size": 2}),
+    Case("document_pool_whole", 2, {"pool_size": 4}),
+    Case("modality_pools", 2, {"pools": (4, 3), "pool_shared": 1}),
 ]
+# Those whose decision is a function of logits alone, or of what can be made of logits here.
+BY_LOGITS = [case for case in CASES if case.by_logits]
 
 
 def random_logits(shape=(3, 6, 8), seed=0) -> np.ndarray:
