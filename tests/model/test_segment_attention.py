@@ -154,15 +154,17 @@ def test_sparse_weights_keep_the_largest_and_learn_through_them():
     tokens = jnp.asarray(rng.normal(size=(1, 4, D)), jnp.float32)
     summaries = jnp.asarray(rng.normal(size=(1, 5, D)), jnp.float32)
     allowed = jnp.ones((1, 4, 5), bool)
-    dense, sparse = (module.weights(tokens, summaries, allowed, k) for k in (0, 2))
+    weights = jax.jit(module.weights, static_argnums=3)
+    dense, sparse = (weights(tokens, summaries, allowed, k) for k in (0, 2))
     kept = np.asarray(sparse[..., :-1]) > 0
     assert (kept.sum(axis=-1) == 2).all()
     largest = np.argsort(-np.asarray(dense[..., :-1]), axis=-1)[..., :2]
     assert np.take_along_axis(kept, largest, axis=-1).all()
     np.testing.assert_allclose(sparse.sum(axis=-1), 1.0, rtol=1e-5)
-    gradient = jax.grad(lambda s: jnp.sum(jnp.sin(module(tokens, s, allowed, 2))))(summaries)
+    learned = jax.jit(jax.grad(lambda s: jnp.sum(jnp.sin(module(tokens, s, allowed, 2)))))
+    gradient = learned(summaries)
     assert np.abs(gradient).max() > 0.01
-    np.testing.assert_allclose(module.weights(tokens, summaries, allowed, 5), dense, rtol=1e-6)
+    np.testing.assert_allclose(weights(tokens, summaries, allowed, 5), dense, rtol=1e-6)
 
 
 def test_last_token_pooling_sees_the_whole_earlier_segment_through_it(packed):
