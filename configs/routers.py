@@ -365,10 +365,10 @@ def random(size: Size) -> Sections:
 def thor(size: Size) -> Sections:
     """THOR. Zuo et al. 2022, arXiv:2110.04260.
 
-    One random expert for the whole batch. Released: consistency 5.0 between two passes, which cost
-    twice the compute.
+    One random expert for the whole batch. Released: alpha = 5 between two passes, which cost twice the
+    compute. Here the two cross-entropies are averaged, not added, and the weight is alpha / 2.
     """
-    return _preset("thor", {"k": 1, "scope": "batch", "eval_mode": "token"}, consistency=5.0)
+    return _preset("thor", {"k": 1, "scope": "batch", "eval_mode": "token"}, consistency=2.5)
 
 
 def smoe_dropout(size: Size) -> Sections:
@@ -402,20 +402,21 @@ def _gumbel(size: Size) -> dict[str, Any]:
 def reinforce(size: Size) -> Sections:
     """REINFORCE with a moving baseline. Bengio et al. 2015, arXiv:1511.06297; Rosenbaum et al. 2018.
 
-    One expert, drawn. Weights 0.01, 0.01 and 5e-4 of policy, baseline and entropy are the released ones of
+    One expert, drawn. Weights 0.01 of the policy and 5e-4 of its entropy are the released ones of
     Muqeeth et al. 2023, arXiv:2306.03745.
     """
     router = {"k": 1, "gates": "one", "baseline": "ema"}
-    return _preset("reinforce", router, policy=0.01, baseline=0.01, policy_entropy=5e-4)
+    return _preset("reinforce", router, policy=0.01, policy_entropy=5e-4)
 
 
 def bernoulli(size: Size) -> Sections:
     """Conditional computation. Bengio et al. 2015, arXiv:1511.06297.
 
-    Every expert on or off. Weights as `reinforce`; the policy decides how many experts it uses.
+    Every expert on or off. Weights as `reinforce`; a price of 0.01 nats an expert is ours. The policy
+    decides how many experts it uses.
     """
     router = {"k": size.k, "gates": "one", "baseline": "ema"}
-    return _preset("bernoulli", router, policy=0.01, baseline=0.01, policy_entropy=5e-4)
+    return _preset("bernoulli", router, policy=0.01, policy_penalty=0.01, policy_entropy=5e-4)
 
 
 def random_path(size: Size) -> Sections:
