@@ -91,7 +91,7 @@ def test_override_of_a_mapping():
         ("model.kv_heads=3", ["model.heads=4", "model.kv_heads=3", "divisors"]),
         ("model.head_dim=7", ["model.head_dim=7", "even"]),
         ("optimizer.accumulation=3", ["data.batch_size=16", "optimizer.accumulation=3"]),
-        ("router.name=topp", ["router.name='topp'", "'topk'"]),
+        ("router.name=topp", ["router.name='topp'", "'top_p'"]),
     ],
 )
 def test_mistake_names_key_value_and_rule(override, words):
