@@ -56,12 +56,49 @@ def default_config() -> ConfigDict:
                 "eval_capacity_factor": None,
                 "priority": "token_major",  # or choice_major
             },
+            # Weights, and options of the losses; moe/routing/loss_table.py says what each is.
             "losses": {
                 "balance": 0.01,
                 "balance_scope": "global",  # or microbatch, sequence
                 "balance_counts": "all",  # or first: only the first choice of each token
                 "sequence_balance": 0.0,
                 "z": 0.001,
+                "importance": 0.0,
+                "load": 0.0,
+                "device_balance": 0.0,
+                "device_balance_scope": "sequence",
+                "communication_balance": 0.0,
+                "communication_balance_scope": "sequence",
+                "mutual_information": 0.0,
+                "entropy": 0.0,
+                "modality_local": 0.0,
+                "modality_global": 0.0,
+                "modality_global_experts": 0.0,
+                "simbal": 0.0,
+                "orthogonality": 0.0,
+                "heterogeneous": 0.0,
+                "heterogeneous_tau": 0.75,
+                "heterogeneous_factor": 1.0,
+                "relu_l1": 0.0,
+                "relu_balance": 0.0,
+                "relu_balance_scope": "microbatch",
+                "selector_entropy": 0.0,
+                "selector_outside": 0.0,
+                "group_balance": 0.0,
+                "group_balance_scope": "global",
+                "within_group_balance": 0.0,
+                "within_group_balance_scope": "global",
+                "consistency": 0.0,
+                "policy": 0.0,
+                "policy_credit": "token",
+                "policy_penalty": 0.0,
+                "policy_baseline_weight": 1.0,
+                "policy_entropy": 0.0,
+                "compute": 0.0,
+                "compute_target": 0.0,
+                "compute_kind": "squared",
+                "predictor": 0.0,
+                "commitment": 0.0,
             },
             "data": {
                 "name": "stdlib",
@@ -298,7 +335,7 @@ POSITIVE_OR_NONE = (
 ).split()
 BELOW_ONE = "model.dropout optimizer.b1 optimizer.b2".split()
 NOT_NEGATIVE = (
-    "seed model.shared_experts model.first_dense losses.balance losses.sequence_balance losses.z router.jitter "
+    "seed model.shared_experts model.first_dense router.jitter "
     "optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay checkpoint.keep_best "
     "optimizer.final_fraction optimizer.decay_fraction"
     " model.dropout optimizer.b1 optimizer.b2"
@@ -335,7 +372,8 @@ def _check_positive(config: ConfigDict) -> None:
     for key in BELOW_ONE:
         value = _get(config, key)
         require(value < 1, f"{key}={value} must be less than 1.")
-    for key in NOT_NEGATIVE:
+    weights = [f"losses.{n}" for n, v in config.losses.items() if isinstance(v, float)]
+    for key in [*NOT_NEGATIVE, *weights]:
         value = _get(config, key)
         require(value >= 0, f"{key}={value} must not be negative.")
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from moe.model.attention import Attention, RMSNorm
 from moe.model.attention_types import AttentionOutput
 from moe.model.experts import MLP
-from moe.model.layer import Call, SparseMLP
+from moe.model.layer import Call, History, SparseMLP
 from moe.model.spec import KINDS, ModelSpec
 from moe.parallel.rules import constrain_batch
 from moe.routing.types import LayerReport
@@ -27,7 +27,7 @@ class LayerCache(NamedTuple):
     """What one layer keeps of earlier positions, in generation."""
 
     attention: Any
-    history: tuple[Float[Array, "B N D"], ...] = ()  # inputs of sparse layers that look back
+    history: tuple[History, ...] = ()  # of sparse layers that look back
 
 
 class Layered(NamedTuple):

@@ -64,7 +64,22 @@ class Sparse(NamedTuple):
     output: Float[Array, "B S D"]  # before the residual; 0 for a token with no kept choice
     report: LayerReport
     memory: Any = None  # of the gate, for the next sparse layer
-    history: Float[Array, "B N D"] | None = None  # inputs up to now, where the cache keeps them
+    history: "History | None" = None  # with these positions, where the cache keeps one
+
+
+class History(NamedTuple):
+    """What routers that look back have seen, in generation; what is not filled means nothing."""
+
+    inputs: Float[Array, "B N D"]
+    tokens: Int[Array, "B N"]
+
+    def with_part(self, x: Array, tokens: Array, start: Int[Array, ""]) -> "History":
+        """With the inputs and ids of positions `start` and on."""
+        update = jax.lax.dynamic_update_slice_in_dim
+        return History(
+            update(self.inputs, x.astype(self.inputs.dtype), start, axis=1),
+            update(self.tokens, tokens, start, axis=1),
+        )
 
 
 class SparseMLP(nnx.Module):
@@ -161,7 +176,7 @@ class SparseMLP(nnx.Module):
         call: Call,
         key: Shaped[Array, ""] | None,
         memory: Any,
-        history: Float[Array, "B N D"],
+        history: History,
         start: Int[Array, ""],
     ) -> Sparse:
         """As `__call__`, for routers that look back: routes over all inputs since the first.
@@ -171,20 +186,20 @@ class SparseMLP(nnx.Module):
             call: of these positions.
             key: noise.
             memory: of the gate, over all `N` positions.
-            history: inputs of earlier positions; the rest is overwritten.
+            history: of earlier positions.
             start: how many positions it holds.
         """
-        history = jax.lax.dynamic_update_slice_in_dim(history, x.astype(history.dtype), start, 1)
-        N, S = history.shape[1], x.shape[1]
-        everywhere = jnp.broadcast_to(jnp.arange(N), history.shape[:2])
+        history = history.with_part(x, call.tokens, start)
+        S, places = x.shape[1], history.tokens.shape
+        everywhere = jnp.broadcast_to(jnp.arange(places[1]), places)
         whole = call._replace(
-            tokens=jnp.zeros_like(everywhere),
+            tokens=history.tokens,
             valid=everywhere < start + S,
             positions=everywhere,
             documents=(everywhere < start + S).astype(jnp.int32),
             modality=None,
         )
-        routing, memory = self.route(history.astype(x.dtype), whole, key, memory)
+        routing, memory = self.route(history.inputs.astype(x.dtype), whole, key, memory)
 
         def now(a: Array) -> Array:  # [B N ...] -> [B S ...]
             return jax.lax.dynamic_slice_in_dim(a, start, S, axis=1)
@@ -193,7 +208,7 @@ class SparseMLP(nnx.Module):
             routing = jax.tree.map(now, routing)
             out = self._dispatch(x, call, routing)
         else:
-            out = self._dispatch(history.astype(x.dtype), whole, routing)
+            out = self._dispatch(history.inputs.astype(x.dtype), whole, routing)
             report = layer_report(routing, out.kept, whole.valid)
             return Sparse(now(out.output), report, memory, history)
         return Sparse(out.output, layer_report(routing, out.kept, call.valid), memory, history)

@@ -62,3 +62,8 @@ class ModelSpec(NamedTuple):
     def sparse_layers(self) -> int:
         """`L`: layers with experts."""
         return self.repeats * len(self.sparse_names)
+
+    @property
+    def learns_routing(self) -> bool:
+        """Whether there is a gate to lose anything on."""
+        return self.sparse_layers > 0 and self.router.row.learned

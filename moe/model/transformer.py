@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from moe.model.attention import KeyValues, RMSNorm
 from moe.model.block import Block, LayerCache, Stream
 from moe.model.experts import fan_in_init, project
-from moe.model.layer import Call, initial_memory, shared_gate
+from moe.model.layer import Call, History, initial_memory, shared_gate
 from moe.model.spec import ModelSpec
 from moe.parallel.rules import constrain_batch
 from moe.routing.selection import ROUTING_NAME
@@ -138,7 +138,7 @@ class Transformer(nnx.Module):
         """What the gate of the first sparse layer remembers; over the whole history where one is kept."""
         B, S = stream.x.shape[:2]
         if cache is not None and cache.history:
-            S = cache.history[0].shape[2]
+            S = cache.history[0].tokens.shape[2]
         spec = self.spec
         return stream._replace(memory=initial_memory(spec.router, B, S, spec.num_experts))
 
@@ -218,8 +218,10 @@ def empty_cache(spec: ModelSpec, batch: int, length: int) -> LayerCache:
     """A cache for `length` positions; leading axis layers."""
     dtype = jnp.dtype(spec.dtype)
     zeros = jnp.zeros((spec.num_layers, batch, length, spec.kv_heads, spec.head_dim), dtype)
-    history: tuple[Array, ...] = ()
+    history: tuple[History, ...] = ()
     if spec.sparse_layers and spec.router.row.causality == "C1":
         size = 2 if "double" in spec.pattern else 1
-        history = (jnp.zeros((spec.num_layers, batch, length, spec.width), dtype),) * size
+        shape = (spec.num_layers, batch, length)
+        inputs, tokens = jnp.zeros((*shape, spec.width), dtype), jnp.zeros(shape, jnp.int32)
+        history = (History(inputs, tokens),) * size
     return LayerCache(KeyValues(zeros, zeros), history)

@@ -4,15 +4,103 @@ import difflib
 from typing import Any
 
 from moe.errors import ConfigError
-from moe.routing import deepseek_v3, hash, random, switch, topk
-from moe.routing.router import Router, parameters_of, pick_inputs, pick_options
+from moe.routing import (
+    balanced_groups,
+    base,
+    bernoulli,
+    bigram_hash,
+    cosine,
+    deepseek_v2,
+    deepseek_v3,
+    document_pool,
+    dselect_k,
+    dynmoe,
+    expert_attention,
+    expert_choice,
+    gshard,
+    gumbel,
+    hash,
+    merge,
+    modality_pools,
+    noisy_topk,
+    position,
+    prior,
+    product_key,
+    quantile,
+    query_key,
+    random,
+    random_path,
+    recurrent,
+    reinforce,
+    relu,
+    residual,
+    segment,
+    sinkhorn,
+    smoe_dropout,
+    soft_moe,
+    switch,
+    thor,
+    top_p,
+    topk,
+    two_level,
+    weight_noise,
+)
+from moe.routing.option_rules import check_numbers
+from moe.routing.router import Router, parameters_of, pick_inputs
 
 ROUTERS: dict[str, Router] = {
+    # Token choice: softmax, sigmoid and biased scores.
     "switch": switch.ROUTER,
+    "gshard": gshard.ROUTER,
+    "noisy_topk": noisy_topk.ROUTER,
     "topk": topk.ROUTER,
+    "deepseek_v2": deepseek_v2.ROUTER,
     "deepseek_v3": deepseek_v3.ROUTER,
-    "random": random.ROUTER,
+    "quantile": quantile.ROUTER,
+    # Variable numbers of experts a token.
+    "top_p": top_p.ROUTER,
+    "dynmoe": dynmoe.ROUTER,
+    "relu": relu.ROUTER,
+    "dselect_k": dselect_k.ROUTER,
+    # Other gates.
+    "cosine": cosine.ROUTER,
+    "query_key": query_key.ROUTER,
+    "expert_attention": expert_attention.ROUTER,
+    "product_key": product_key.ROUTER,
+    "residual": residual.ROUTER,
+    "recurrent": recurrent.ROUTER,
+    # Assignment, and fixed tables.
+    "expert_choice": expert_choice.ROUTER,
+    "base": base.ROUTER,
+    "sinkhorn": sinkhorn.ROUTER,
     "hash": hash.ROUTER,
+    "bigram_hash": bigram_hash.ROUTER,
+    "position": position.ROUTER,
+    "position_weighted": position.WEIGHTED,
+    # Random and learned by reward.
+    "random": random.ROUTER,
+    "thor": thor.ROUTER,
+    "smoe_dropout": smoe_dropout.ROUTER,
+    "gumbel": gumbel.ROUTER,
+    "gumbel_sampled": gumbel.SAMPLED,
+    "reinforce": reinforce.ROUTER,
+    "bernoulli": bernoulli.ROUTER,
+    "random_path": random_path.ROUTER,
+    "random_path_sampled": random_path.SAMPLED,
+    "noisy_weights": weight_noise.ROUTER,
+    "prior": prior.ROUTER,
+    # Soft: mixtures of tokens or of parameters.
+    "soft_moe": soft_moe.ROUTER,
+    "smear": merge.SMEAR,
+    "lory": merge.LORY,
+    # Two levels, segments, documents, modalities.
+    "two_level": two_level.ROUTER,
+    "balanced_groups": balanced_groups.ROUTER,
+    "segment": segment.ROUTER,
+    "segment_self": segment.SELF_ROUTER,
+    "document_pool": document_pool.ROUTER,
+    "document_pool_whole": document_pool.WHOLE_ROUTER,
+    "modality_pools": modality_pools.ROUTER,
 }
 
 
@@ -84,6 +172,7 @@ def check_router(
             f"router.jitter={jitter} with router.name={name!r}: this router has no gate for the "
             "noise to act on. Set router.jitter=0.0."
         )
+    check_numbers(options)
     if training or k > 1:
         known_facts = {"sequence_length": sequence_length, "batch_size": batch_size}
         facts = pick_inputs(router.check, known_facts)
@@ -114,13 +203,3 @@ def check_causal(name: str) -> None:
 def _nearest(name: str, known: dict[str, Any]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-__all__ = [
-    "ROUTERS",
-    "check_causal",
-    "check_router",
-    "find_router",
-    "pick_options",
-    "router_options",
-]

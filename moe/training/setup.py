@@ -179,7 +179,7 @@ def jit_train_step(run: Run):
         ),
         optimizer_lib.decay_mask(run.skeleton.params),
         run.token_bytes,
-        active_losses(run.config.losses.to_dict(), learned=_learns_routing(run.spec)),
+        active_losses(run.config.losses.to_dict(), learned=run.spec.learns_routing),
         o.accumulation,
         run.config.router.jitter > 0,
     )
@@ -221,10 +221,6 @@ def hyper(run: Run) -> Hyper:
         update_options=pick_options(update, c.router.to_dict()),
     )
     return jax.tree.map(lambda number: np.float32(number), values)
-
-
-def _learns_routing(spec: ModelSpec) -> bool:
-    return spec.sparse_layers > 0 and spec.router.row.learned
 
 
 def process_block(mesh: Mesh, rows: int) -> tuple[int, int]:

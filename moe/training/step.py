@@ -11,11 +11,13 @@ import optax
 
 from moe.data.types import Batch
 from moe.dispatch.types import Dispatch
+from moe.errors import ConfigError
 from moe.model.layer import Call
 from moe.model.spec import ModelSpec
 from moe.parallel.rules import constrain_batch
 from moe.routing import metrics
-from moe.routing.loss_table import Active, compute
+from moe.routing.consistency import consistency
+from moe.routing.loss_table import Active, check_terms, compute
 from moe.routing.losses import counted
 from moe.routing.router import pick_inputs
 from moe.routing.table import ROUTERS
@@ -23,6 +25,8 @@ from moe.routing.types import Scalar
 from moe.training import optimizer as optimizer_lib
 from moe.training.objective import Forward, RowSums, forward, forward_rows
 from moe.training.state import Skeleton, TrainState
+
+TWIN = 1 << 20  # folded into the key of a second pass; no microbatch has that number
 
 
 class Hyper(NamedTuple):
@@ -169,9 +173,15 @@ def microbatch_loss(
     call = _call(plan, batch, key, hyper)
     done = forward(plan.skeleton, params, router, batch, call, plan.token_bytes)
     terms = {"cross_entropy": done.rows.nll.sum() / scale.predictions}
-    if done.reports is not None:
-        terms |= routing_terms(plan, done, batch, params, scale)
-    terms |= {name: value.sum() / scale.tokens for name, value in done.terms.items()}
+    inputs = loss_inputs(plan, done, batch, params, scale)
+    if "consistency" in {active.name for active in plan.losses}:
+        # A second pass, with draws of its own, to be held to the same predictions (THOR, R-Drop).
+        twin = _call(plan, batch, jax.random.fold_in(key, TWIN), hyper)
+        other = forward(plan.skeleton, params, router, batch, twin, plan.token_bytes)
+        both = terms["cross_entropy"] + other.rows.nll.sum() / scale.predictions
+        terms["cross_entropy"] = both / 2
+        inputs["divergence"] = _divergence(done.logits, other.logits, batch)
+    terms |= compute(plan.losses, inputs)
     total = weigh(terms, hyper.losses)
     totals = None if done.reports is None else metrics.totals(done.reports)
     return total, Aux(jax.tree.map(jnp.sum, done.rows), {**terms, "total": total}, totals)
@@ -201,20 +211,54 @@ def _global_counts(
     return jax.lax.map(counts, (parts, keys)).sum(axis=0)
 
 
-def routing_terms(
+def loss_inputs(
     plan: Plan, done: Forward, batch: Batch, params: PyTree, scale: Scale
-) -> dict[str, Float[Array, ""]]:
-    """The unweighted routing losses of the run: this microbatch's part."""
+) -> dict[str, Any]:
+    """What the losses of this microbatch may name; see `loss_table`.
+
+    Raises:
+        ConfigError: a loss with a weight that nothing reports the parts of.
+    """
     inputs = {
-        "report": done.reports,
         "total_tokens": scale.tokens,
         "total_rows": scale.rows,
         "global_counts": scale.counts,
         "k": plan.spec.router.k,
         "valid": batch.valid,
         "token_cost": jax.lax.stop_gradient(done.nll),
+        "layer_terms": done.terms,
     }
-    return compute(plan.losses, inputs)
+    reported = set(done.terms)
+    if done.reports is not None:
+        inputs["report"] = done.reports
+        reported |= {*done.reports.row_terms, *done.reports.token_terms}
+    check_terms(plan.losses, reported, plan.spec.router.name)
+    if {"simbal", "orthogonality"} & {active.name for active in plan.losses}:
+        inputs["kernels"] = gate_kernels(plan.spec, params)
+    return inputs
+
+
+def gate_kernels(spec: ModelSpec, params: PyTree) -> Float[Array, "L D E"]:
+    """The kernels of all gates, in the order of reports.
+
+    Raises:
+        ConfigError: gates of another form than one product.
+    """
+    gates = [params["blocks"][block][module]["gate"] for block, module in spec.sparse_names]
+    if not all("kernel" in gate for gate in gates):
+        raise ConfigError(
+            f"losses.simbal and losses.orthogonality are about the columns of one gate kernel, and the "
+            f"gate of router.name={spec.router.name!r} has none: set them to 0.0 or choose another router."
+        )
+    stacked = jnp.stack([gate["kernel"] for gate in gates], axis=1)  # [repeats, layers, D, E]
+    return stacked.reshape(-1, *stacked.shape[2:])
+
+
+def _divergence(a: Array, b: Array, batch: Batch) -> Float[Array, "B S"]:
+    if a.ndim == 3:
+        return consistency(a, b, batch.valid)
+    row = consistency(a[:, None], b[:, None], batch.valid.any(axis=1, keepdims=True))
+    return jnp.where(batch.valid, row, 0.0)
 
 
 def weigh(terms: dict[str, Float[Array, ""]], weights: dict[str, Scalar]) -> Float[Array, ""]:

@@ -12,26 +12,37 @@ import pytest
 from moe.dispatch.capacity import capacity
 from moe.dispatch.grouped import grouped
 from moe.dispatch.reference import reference
+from moe.dispatch.table import make_dispatch
 from moe.model.block import Stream
 from moe.model.layer import Call
 from moe.routing.table import ROUTERS
 from moe.training.state import bind
 from tests import tiny
 
-CAUSAL = [name for name, router in ROUTERS.items() if router.causality != "C3"]
-ROUTER_OPTIONS = {
-    "switch": ("router.name=switch", "router.k=1"),
-    "deepseek_v3": ("router.name=deepseek_v3", "router.groups=4", "router.groups_kept=2"),
+# Those of every way in which a decision reaches beyond its own token: state, ids, earlier tokens,
+# depth, groups, variable numbers, a causal form of a noncausal router.
+ROUTER_OPTIONS: dict[str, tuple[str, ...]] = {
+    "switch": ("router.k=1",),
+    "deepseek_v3": ("router.groups=4", "router.groups_kept=2"),
+    "segment": ("router.segment_size=4",),
+    "document_pool": ("router.segment_size=4",),
+    "lory": ("router.k=1", "router.segment=4"),
+    "random_path": ("router.k=2", "router.paths=2"),
+    "two_level": ("router.groups=4",),
 }
+for _name in ("topk", "random", "hash", "bigram_hash", "top_p", "relu"):
+    ROUTER_OPTIONS[_name] = ()
+for _name in ("residual", "recurrent", "expert_choice", "sinkhorn"):
+    ROUTER_OPTIONS[_name] = ()
 DISPATCHES = {
-    "reference": reference,
+    "reference": make_dispatch("reference", None),
     "grouped": grouped,
     "capacity": functools.partial(capacity, capacity_factor=0.75),
 }
 
 
 def of_router(name: str, dispatch: str = "reference") -> tiny.Model:
-    options = ROUTER_OPTIONS.get(name, (f"router.name={name}",))
+    options = (f"router.name={name}", *ROUTER_OPTIONS[name])
     return tiny.model(*options, dispatch=DISPATCHES[dispatch])
 
 
@@ -44,7 +55,7 @@ def change_after(batch, t: int):
 
 @pytest.mark.parametrize(
     ("router", "dispatch"),
-    [*((name, "reference") for name in CAUSAL), ("topk", "grouped"), ("topk", "capacity")],
+    [*((name, "reference") for name in ROUTER_OPTIONS), ("topk", "grouped"), ("topk", "capacity")],
 )
 def test_later_tokens_change_nothing_before_them(router, dispatch):
     model, batch, key = of_router(router, dispatch), tiny.batch(((16,), (16,), (16,))), None

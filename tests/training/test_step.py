@@ -73,7 +73,7 @@ def make_step(*overrides: str) -> Step:
         ),
         optimizer.decay_mask(model.skeleton.params),
         jnp.ones(tiny.VOCAB, jnp.int32),
-        losses=active_losses(config.losses.to_dict(), learned=model.spec.router.row.learned),
+        losses=active_losses(config.losses.to_dict(), learned=model.spec.learns_routing),
         accumulation=o.accumulation,
         jitter=config.router.jitter > 0,
     )
