@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 import numpy as np
 
 from moe.errors import ConfigError
-from moe.routing.router import Router
+from moe.routing.router import Router, drawing
 from moe.routing.selection import choices, gather, select
 from moe.routing.types import Routing, Scalar, State
 from moe.routing.variable_k import straight_through
@@ -200,5 +200,7 @@ ROUTER = Router(
 
 # The same, drawing in evaluation too: the mean over several keys samples the model's predictions.
 SAMPLED = ROUTER._replace(
-    use="To see how predictions spread over draws: evaluation samples too.", needs_key_in_eval=True
+    route=drawing(route),
+    use="To see how predictions spread over draws: evaluation samples too.",
+    needs_key_in_eval=True,
 )

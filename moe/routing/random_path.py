@@ -20,7 +20,7 @@ import numpy as np
 from moe.errors import ConfigError
 from moe.routing import prior, reinforce
 from moe.routing.gates import Gated, project
-from moe.routing.router import Router
+from moe.routing.router import Router, drawing
 from moe.routing.selection import ROUTING_NAME, gather
 from moe.routing.types import Routing, Scalar, State
 from moe.routing.variable_k import straight_through, variable_choices
@@ -319,6 +319,7 @@ ROUTER = Router(
 
 # The same, walking at random in evaluation too: Monte Carlo over keys, as in MC dropout.
 SAMPLED = ROUTER._replace(
+    route=drawing(route),
     use="To see how predictions spread over paths: evaluation draws them too.",
     needs_key_in_eval=True,
 )

@@ -32,7 +32,7 @@ def route(
     valid: Bool[Array, "B S"],
     *,
     k: int,
-    state: State,
+    state: State | None = None,
     k_max: int = 0,
 ) -> Routing:
     """Sends each token to every expert whose logit is positive.
@@ -52,7 +52,12 @@ def route(
         Terms: `relu_l1` `[B S E]`, the gates times `lambda`, with gradient; `relu_load` `[B S E]`,
         `E / k` for a positive logit, else 0, so that its mean is 1 on target; `active` `[B S]`, the
         number of positive logits, with the gradient of the sum of their sigmoids.
+
+    Raises:
+        ValueError: no state.
     """
+    if state is None:
+        raise ValueError("ReLU routing needs its lambda: pass state, as init_state makes it")
     E = logits.shape[-1]
     gates = jax.nn.relu(logits)
     expert = select(logits, width(E, k_max))

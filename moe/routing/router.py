@@ -1,6 +1,7 @@
 """One router: its functions, its gate, and what the rest of the framework must know about it."""
 
 from collections.abc import Callable
+import functools
 import inspect
 from typing import Any, NamedTuple
 
@@ -20,6 +21,22 @@ INPUTS = frozenset(
         *("counts", "stats", "cost", "sequence_length", "batch_size"),
     }
 )
+
+
+def drawing(route: Callable[..., Routing]) -> Callable[..., Routing]:
+    """The same `route` for a row that draws in evaluation too: without a key it raises.
+
+    Raises:
+        ValueError: no key, where `route` itself would go without noise and say nothing.
+    """
+
+    @functools.wraps(route)  # the signature too, which options are read from
+    def drawn(*args: Any, **named: Any) -> Routing:
+        if named.get("key") is None:
+            raise ValueError("this router draws in training and in evaluation: pass a key")
+        return route(*args, **named)
+
+    return drawn
 
 
 def no_state(

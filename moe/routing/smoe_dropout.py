@@ -22,7 +22,7 @@ def route(
     *,
     k: int,
     tokens: Float[Array, "B S D"],
-    state: State,
+    state: State | None = None,
     training: bool = True,
     k_min: int = 1,
     ramp_steps: int = 10_000,
@@ -46,8 +46,13 @@ def route(
 
     Returns:
         The decision, without any gradient.
+
+    Raises:
+        ValueError: no state.
     """
     del logits
+    if state is None:
+        raise ValueError("SMoE-Dropout needs its frozen kernel: pass state, as init_state makes it")
     logits = jax.lax.stop_gradient(project(tokens, state["kernel"]))
     expert = select(logits, k)
     active = active_experts(state["step"], k, k_min, ramp_steps) if training else k

@@ -191,6 +191,7 @@ def check(
     *,
     k: int,
     normalize: str = "renormalize",
+    score: str = "softmax",
     noise_mode: str = "relative",
     noise_scale: float = 0.1,
 ) -> None:
@@ -199,7 +200,7 @@ def check(
     Raises:
         ConfigError: see the messages.
     """
-    topk.check(num_experts, k=k, normalize=normalize)
+    topk.check(num_experts, k=k, normalize=normalize, score=score)
     if noise_mode not in MODES:
         raise ConfigError(
             f"router.noise_mode={noise_mode!r} is not one of {', '.join(MODES)}; choose one."
