@@ -54,7 +54,7 @@ def default_config() -> ConfigDict:
                 "name": "grouped",  # or capacity, reference
                 "capacity_factor": 1.25,  # training; None is dropless
                 "eval_capacity_factor": None,
-                "priority": "token_major",  # or choice_major
+                "priority": "token_major",  # or choice_major, gate, batch, which are not causal
             },
             # Weights, and options of the losses; moe/routing/loss_table.py says what each is.
             "losses": {
@@ -310,10 +310,13 @@ def check_numbers(config: ConfigDict) -> None:
     )
     d = config.dispatch
     require(
-        config.allow_noncausal or (d.name, d.priority) != ("capacity", "choice_major"),
-        "dispatch.priority='choice_major' seats every token's first choice before any second one, so a "
-        "later token can push out an earlier one: a causal model would see its future. Use 'token_major', "
-        "or set allow_noncausal=True and mistrust the loss.",
+        config.allow_noncausal
+        or config.task.name != "language"
+        or d.name != "capacity"
+        or d.priority == "token_major",
+        f"dispatch.priority={d.priority!r} does not seat tokens in their order, so a later token can push "
+        "out an earlier one: a causal model would see its future. Use 'token_major', or set "
+        "allow_noncausal=True and mistrust the loss.",
     )
     require(m.head_dim % 2 == 0, f"model.head_dim={m.head_dim} must be even for rotary positions.")
     accumulation = config.optimizer.accumulation
@@ -350,7 +353,7 @@ ONE_OF = {
     "losses.balance_scope": ("sequence", "microbatch", "global"),
     "losses.balance_counts": ("all", "first"),
     "dispatch.name": ("grouped", "capacity", "reference"),
-    "dispatch.priority": ("token_major", "choice_major"),
+    "dispatch.priority": ("token_major", "choice_major", "gate", "batch"),
     "data.tokenizer": ("bytes", "bpe"),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
 }

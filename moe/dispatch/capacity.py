@@ -17,7 +17,7 @@ from moe.dispatch.types import Dispatched, ExpertFn, num_experts
 from moe.errors import ConfigError
 from moe.routing.types import Choices
 
-PRIORITIES = ("token_major", "choice_major")
+PRIORITIES = ("token_major", "choice_major", "gate", "batch")
 
 
 def capacity(
@@ -37,9 +37,11 @@ def capacity(
       params: the experts, every leaf with a leading `E`.
       expert_fn: what one expert does to its rows.
       capacity_factor: `C = ceil(capacity_factor * K * S / E)`, at most `S`; None drops nothing (`C = S`).
-      priority: `token_major` seats earlier tokens first, which is causal; `choice_major` seats all
-        first choices before any second one (GShard, Lepikhin et al. 2021), which lets later tokens
-        push out earlier ones.
+      priority: `token_major` seats earlier tokens first, which is causal. The others let later tokens
+        push out earlier ones: `choice_major` seats all first choices before any second one (GShard,
+        Lepikhin et al. 2021), `gate` the choices of the largest gates (Megatron-LM's "probs"),
+        `batch` the tokens of the largest gate, first choices first (Batch Prioritised Routing, Riquelme
+        et al. 2021, arXiv:2106.05974; here within a sequence).
     """
     B, S, D = x.shape
     E = num_experts(params)
@@ -99,11 +101,33 @@ def seat(choices: Choices, E: int, priority: str) -> Int[Array, "B S K"]:
             f"{', '.join(PRIORITIES)}."
         )
     expert = jnp.where(choices.valid, choices.expert, E)
-    if priority == "choice_major":
-        expert = expert.swapaxes(1, 2)
-    queue = expert.reshape(expert.shape[0], -1)  # [B S*K], in order of priority
-    position = jax.vmap(lambda group: rank_in_group(group, E + 1))(queue).reshape(expert.shape)
-    return position.swapaxes(1, 2) if priority == "choice_major" else position
+    queue = expert.reshape(expert.shape[0], -1)  # [B S*K], token by token
+    if priority == "token_major":
+        position = jax.vmap(lambda group: rank_in_group(group, E + 1))(queue)
+    else:
+        order = queue_order(choices, priority)
+        position = jax.vmap(lambda group, order: _seated(group, order, E + 1))(queue, order)
+    return position.reshape(expert.shape)
+
+
+def queue_order(choices: Choices, priority: str) -> Int[Array, "B N"]:
+    """Numbers `token * K + k` of a sequence's choices, in the order in which they are seated."""
+    B, S, K = choices.gate.shape
+    gate = jax.lax.stop_gradient(jnp.where(choices.valid, choices.gate, -1.0))
+    if priority == "gate":
+        return jnp.argsort(-gate.reshape(B, S * K), axis=-1, stable=True)
+    tokens = jnp.broadcast_to(jnp.arange(S), (B, S))
+    if priority == "batch":
+        tokens = jnp.argsort(-gate.max(axis=-1), axis=-1, stable=True)
+    return (tokens[:, None] * K + jnp.arange(K)[None, :, None]).reshape(B, -1)
+
+
+def _seated(group: Int[Array, " N"], order: Int[Array, " N"], groups: int) -> Int[Array, " N"]:
+    return (
+        jnp.zeros_like(group)
+        .at[order]
+        .set(rank_in_group(group[order], groups), unique_indices=True)
+    )
 
 
 def rank_in_group(group: Int[Array, " N"], groups: int) -> Int[Array, " N"]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.dispatch.capacity import capacity, seat, slots
+from moe.dispatch.capacity import capacity, queue_order, seat, slots
 from moe.dispatch.edges import invert, sort_by_group
 from moe.dispatch.grouped import grouped
 from moe.dispatch.reference import reference
@@ -74,7 +74,7 @@ def test_bfloat16(path):
     np.testing.assert_allclose(got.astype(jnp.float32), want, atol=2e-2 * float(abs(want).max()))
 
 
-# routing.md, section 10: eight tokens, four experts, top-2
+# Eight tokens, four experts; what follows from them was worked out in float64.
 LOGITS = [
     [2, 1, 0, -1], [1.5, 0.5, 1, -0.5], [2.5, 0, -1, 0.5], [0, 2, 1, 0.5],
     [1, 0, 2, -1], [1.2, 1, 0.8, 0.6], [0.3, 0.2, 0.1, 1.4], [2.2, 1.9, 0.1, 0],
@@ -111,6 +111,32 @@ def test_golden_switch_drops_give_exact_zero():
     )
     assert np.nonzero(out.kept[0, :, 0])[0].tolist() == [0, 1, 3, 4, 6]
     assert (out.output[0, jnp.array([2, 5, 7])] == 0).all()
+
+
+def test_batch_priority_seats_sure_tokens_first():
+    choices = golden(1)
+    assert queue_order(choices, "batch")[0].tolist() == [2, 0, 4, 3, 6, 7, 1, 5]
+    kept = seat(choices, 4, "batch") < 2
+    assert np.nonzero(kept[0, :, 0])[0].tolist() == [0, 2, 3, 4, 6]
+
+
+@pytest.mark.parametrize("priority", ["gate", "batch"])
+def test_seats_by_gate_equal_a_queue_in_python(priority):
+    choices = make_choices(jax.random.key(1), 3, 19, 6, 2, 0.8)
+    position = np.asarray(seat(choices, 6, priority))
+    gate = np.where(choices.valid, choices.gate, -1.0)
+    for b in range(3):
+        pairs = [(t, k) for t in range(19) for k in range(2)]
+        if priority == "gate":
+            pairs.sort(key=lambda at: -gate[b][at])
+        else:
+            pairs.sort(key=lambda at: (at[1], -gate[b, at[0]].max()))
+        load = [0] * 6
+        for at in pairs:
+            if choices.valid[b][at]:
+                expert = int(choices.expert[b][at])
+                assert position[b][at] == load[expert]
+                load[expert] += 1
 
 
 def test_padding_takes_no_slot():
