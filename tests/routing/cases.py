@@ -65,6 +65,12 @@ class Case(NamedTuple):
         return router.causality != "C3" or (router.causal_in_eval and not self.training)
 
     @property
+    def tokenwise(self) -> bool:
+        """Whether a token's choice is its own affair, wherever it stands."""
+        named = set(self._named) & {"positions", "modality"}
+        return self.router.causality == "C0" and not self.draws and not named
+
+    @property
     def permutes(self) -> bool:
         """Whether renumbering experts must renumber choices; noise has numbers of its own."""
         return self.router.learned and self.router.permutes_experts and not self.draws
@@ -158,7 +164,7 @@ def _state(case, num_experts) -> State:
 DEEPSEEK = {"groups": 4, "groups_kept": 2, "scale": 2.5}
 
 
-def _noise(logits):
+def noise_scale(logits):
     return {"noise_scale": 0.5 + jax.nn.softmax(logits)}
 
 
@@ -183,14 +189,14 @@ CASES = [
     Case("switch", 1, gate_sum="largest"),
     Case("gshard", 2),
     Case("gshard", 2, gate_sum=None, training=True),
-    Case("noisy_topk", 3, {"init": "normal"}, inputs=_noise),
-    Case("noisy_topk", 3, {"init": "normal"}, inputs=_noise, training=True),
+    Case("noisy_topk", 3, {"init": "normal"}, inputs=noise_scale),
+    Case("noisy_topk", 3, {"init": "normal"}, inputs=noise_scale, training=True),
     Case("topk", 2, {"normalize": "none"}, gate_sum="largest"),
     Case("topk", 3, {"normalize": "renormalize"}),
     Case("topk", 3, {"normalize": "topk_softmax"}),
     Case("deepseek_v2", 3, {**DEEPSEEK, "scale": 16.0}, gate_sum=None),
     Case("topk", 3, {"score": "sqrt_softplus", "scale": 2.5}, softmax=False, gate_sum=2.5),
-    Case("noisy_topk", 2, {"normalize": "none"}, gate_sum=None, inputs=_noise),
+    Case("noisy_topk", 2, {"normalize": "none"}, gate_sum=None, inputs=noise_scale),
     Case("quantile", 3, {"score": "sigmoid"}, softmax=False, training=True),
     Case("deepseek_v3", 3, DEEPSEEK, softmax=False, gate_sum=2.5),
     Case("deepseek_v3", 1, {"scale": 2.0}, softmax=False, gate_sum=None),

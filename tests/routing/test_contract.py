@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe.errors import ConfigError
 from moe.routing.router import pick_inputs
 from moe.routing.table import ROUTERS, check_router
-from tests.routing.cases import BY_LOGITS, CASES, random_logits, report_of
+from tests.routing.cases import BY_LOGITS, CASES, Case, noise_scale, random_logits, report_of
 
 B, S, E = 3, 6, 8
 
@@ -119,6 +120,92 @@ def test_permuting_the_entries_of_a_table_permutes_the_choices(case):
     a = case.route(random_logits(), state=state)
     b = case.route(random_logits(), state={"table": order.astype(np.int32)[state["table"]]})
     np.testing.assert_array_equal(b.plan.expert, order[a.plan.expert])
+
+
+def _of_all(case):
+    """The case with k = E, or None where its check refuses that."""
+    whole = case._replace(k=E)
+    try:
+        check_router(case.name, E, k=E, **case.options)
+    except ConfigError:
+        return None
+    return whole
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in BY_LOGITS if c.fixed and c.router.learned and _of_all(c)], ids=str
+)
+def test_all_experts_make_the_dense_mixture(case):
+    """With k = E every expert is chosen, and gates are those of a mixture without any choice."""
+    routing = _of_all(case).route(random_logits())
+    gates, chosen = spread(routing.plan, E)
+    assert (np.asarray(chosen) == 1).all()
+    if case.permutes and case.softmax and case.gate_sum in (1.0, "largest"):
+        np.testing.assert_allclose(gates, routing.probs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", [c for c in BY_LOGITS if c.tokenwise], ids=str)
+def test_permuting_tokens_permutes_the_choices(case):
+    logits, order = random_logits(), np.random.default_rng(2).permutation(S)
+    ids = np.arange(B * S).reshape(B, S) % 11
+    a = spread(case.route(logits, token_ids=ids).plan, E)
+    b = spread(case.route(logits[:, order], token_ids=ids[:, order]).plan, E)
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_allclose(np.asarray(x)[:, order], y, rtol=1e-5, atol=1e-7)
+
+
+@every_router
+def test_a_batch_is_its_rows_one_by_one(case):
+    logits, ids = random_logits(), np.arange(B * S).reshape(B, S) % 11
+    if case.draws:
+        pytest.skip("draws have the shape of the global batch")
+    whole = spread(case.route(logits, token_ids=ids).plan, E)
+    for b in range(B):
+        row = spread(case.route(logits[b : b + 1], token_ids=ids[b : b + 1]).plan, E)
+        for x, y in zip(whole, row, strict=True):
+            np.testing.assert_allclose(np.asarray(x)[b], y[0], rtol=1e-5, atol=1e-7)
+
+
+# Noise of strength zero, and the router without any that it must equal.
+QUIET = [
+    (
+        Case(
+            "noisy_topk", 3, {"init": "normal", "noise_std": 0.0}, inputs=noise_scale, training=True
+        ),
+        Case("topk", 3, {"normalize": "topk_softmax"}),
+    ),
+    (
+        Case("gumbel", 2, {"gates": "renormalize", "noise": 0.0}, training=True),
+        Case("topk", 2),
+    ),
+    (
+        Case("gumbel", 2, {"gates": "raw", "greedy": 2}, training=True),
+        Case("topk", 2, {"normalize": "none"}),
+    ),
+    (Case("gshard", 2, {"threshold": 0.0}, training=True), Case("topk", 2)),
+]
+
+
+@pytest.mark.parametrize("pair", QUIET, ids=lambda pair: str(pair[0]))
+def test_noise_of_strength_zero_is_none(pair):
+    noisy, quiet = (spread(case.route(random_logits()).plan, E) for case in pair)
+    for x, y in zip(noisy, quiet, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", [c for c in BY_LOGITS if c.draws and c.router.learned], ids=str)
+def test_recomputation_draws_the_same_choices(case):
+    """Under rematerialisation the gradient is that of the choices that were made."""
+    logits = jnp.asarray(random_logits())
+    weight = jnp.asarray(random_logits(seed=5))
+
+    def loss(x):
+        routing = case.route(x, compiled=False)
+        hits = jax.nn.one_hot(routing.plan.expert, E) * routing.plan.gate[..., None]
+        return (hits.sum(axis=2) * weight).sum() + sum(t.sum() for t in routing.terms.values())
+
+    plain, again = (jax.jit(jax.grad(f))(logits) for f in (loss, jax.checkpoint(loss)))
+    np.testing.assert_allclose(plain, again, rtol=1e-5, atol=1e-7)
 
 
 @every_router
