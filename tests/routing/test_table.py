@@ -2,11 +2,11 @@ import pytest
 
 from moe.errors import ConfigError
 from moe.routing import deepseek_v3
+from moe.routing.router import pick_options
 from moe.routing.table import (
     ROUTERS,
     check_router,
     find_router,
-    pick_options,
     router_options,
 )
 
@@ -34,7 +34,11 @@ def test_each_function_gets_its_own_options():
 @pytest.mark.parametrize("name", ROUTERS)
 def test_rows_describe_themselves(name):
     router = ROUTERS[name]
-    assert "arXiv" in router.paper
+    sources = ("arXiv", "github.com", "EMO", "Auer et al. 2002", "ERNIE 4.5", "no paper: ")
+    assert any(source in router.paper for source in sources)
+    assert router.equation
+    assert router.cost
+    assert router.use.endswith(".")
     assert router.causality in {"C0", "C1", "C2", "C3"}
     assert set(router.traced) <= set(router_options(name))
     assert set(pick_options(router.update_state, router_options(name))) <= set(router.traced)
@@ -43,7 +47,7 @@ def test_rows_describe_themselves(name):
 def test_unknown_router_names_the_nearest():
     with pytest.raises(ConfigError, match=r"'deepseekv3' is not a router.*'deepseek_v3'"):
         find_router("deepseekv3")
-    with pytest.raises(ConfigError, match=r"'zzz' is not a router; there are switch, topk"):
+    with pytest.raises(ConfigError, match=r"'zzz' is not a router; there are switch, gshard"):
         find_router("zzz")
 
 
