@@ -10,6 +10,7 @@ import ml_collections
 
 from moe import config as config_lib
 from moe.config import ConfigDict
+from moe.config_rules import check_numbers
 from moe.errors import ConfigError, UserError
 from moe.routing import table as routers
 
@@ -53,7 +54,7 @@ def complete_config(config: ConfigDict, overrides: Sequence[tuple[str, str]] = (
     config.lock()
     for key, text in overrides:
         config_lib.apply_override(config, key, text)
-    config_lib.check_numbers(config)
+    check_numbers(config)
     return config
 
 

@@ -1,0 +1,110 @@
+"""The rules of the config that need nothing but its numbers: ranges, names, and what must divide what."""
+
+from typing import Any
+
+from moe.config import ConfigDict, require
+
+
+def check_numbers(config: ConfigDict) -> None:
+    """Checks every rule that needs nothing but the config itself.
+
+    Raises:
+        ConfigError: names the key, its value, the rule and the fix.
+    """
+    _check_positive(config)
+    _check_names(config)
+    m, data = config.model, config.data
+    layers = m.num_layers - m.first_dense
+    require(
+        m.first_dense <= m.num_layers and layers % len(m.pattern) == 0,
+        f"model.num_layers={m.num_layers} less model.first_dense={m.first_dense} leaves {layers} layers, "
+        f"which the pattern {m.pattern} of length {len(m.pattern)} does not fill: change num_layers to "
+        f"{m.first_dense + len(m.pattern) * max(1, layers // len(m.pattern))}.",
+    )
+    require(
+        m.heads % m.kv_heads == 0,
+        f"model.heads={m.heads} is no multiple of model.kv_heads={m.kv_heads}: every key/value head "
+        "serves the same number of query heads. Choose kv_heads among the divisors of heads.",
+    )
+    d = config.dispatch
+    require(
+        config.allow_noncausal
+        or config.task.name != "language"
+        or d.name != "capacity"
+        or d.priority == "token_major",
+        f"dispatch.priority={d.priority!r} does not seat tokens in their order, so a later token can push "
+        "out an earlier one: a causal model would see its future. Use 'token_major', or set "
+        "allow_noncausal=True and mistrust the loss.",
+    )
+    require(m.head_dim % 2 == 0, f"model.head_dim={m.head_dim} must be even for rotary positions.")
+    accumulation = config.optimizer.accumulation
+    require(
+        data.batch_size % accumulation == 0,
+        f"data.batch_size={data.batch_size} is not divisible by optimizer.accumulation={accumulation}: "
+        "every microbatch has the same number of sequences.",
+    )
+
+
+POSITIVE = (
+    "steps log_every model.num_layers model.width model.heads model.kv_heads model.head_dim model.mlp_width "
+    "model.expert_width model.num_experts router.k data.batch_size data.sequence_length "
+    "optimizer.accumulation checkpoint.every checkpoint.keep_latest evaluation.every "
+    "model.rope_base model.norm_eps optimizer.clip_norm optimizer.eps"
+).split()
+POSITIVE_OR_NONE = (
+    "model.logit_softcap dispatch.capacity_factor dispatch.eval_capacity_factor evaluation.batches"
+).split()
+BELOW_ONE = "model.dropout optimizer.b1 optimizer.b2".split()
+NOT_NEGATIVE = (
+    "seed model.shared_experts model.first_dense router.jitter "
+    "optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay checkpoint.keep_best "
+    "optimizer.final_fraction optimizer.decay_fraction"
+    " model.dropout optimizer.b1 optimizer.b2"
+).split()
+BLOCKS = ("dense", "sparse", "double")  # kinds of layers: double has two sparse parts in a row
+ONE_OF = {
+    "model.activation": ("swiglu", "gelu"),
+    "model.qk_norm": ("none", "head", "full"),
+    "model.remat": ("none", "full", "dots"),
+    "model.dtype": ("float32", "bfloat16"),
+    "task.name": ("language", "classify"),
+    "losses.balance_scope": ("sequence", "microbatch", "global"),
+    "losses.balance_counts": ("all", "first"),
+    "dispatch.name": ("grouped", "capacity", "reference"),
+    "dispatch.priority": ("token_major", "choice_major", "gate", "batch"),
+    "data.tokenizer": ("bytes", "bpe"),
+    "optimizer.schedule": ("cosine", "wsd", "constant"),
+}
+
+
+def _get(config: ConfigDict, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def _check_positive(config: ConfigDict) -> None:
+    for key in POSITIVE:
+        value = _get(config, key)
+        require(value > 0, f"{key}={value} must be greater than 0.")
+    for key in POSITIVE_OR_NONE:
+        value = _get(config, key)
+        require(value is None or value > 0, f"{key}={value} must be greater than 0, or None.")
+    for key in BELOW_ONE:
+        value = _get(config, key)
+        require(value < 1, f"{key}={value} must be less than 1.")
+    weights = [f"losses.{n}" for n, v in config.losses.items() if isinstance(v, float)]
+    for key in [*NOT_NEGATIVE, *weights]:
+        value = _get(config, key)
+        require(value >= 0, f"{key}={value} must not be negative.")
+
+
+def _check_names(config: ConfigDict) -> None:
+    for key, valid in ONE_OF.items():
+        value = _get(config, key)
+        require(value in valid, f"{key}={value!r} is none of {', '.join(valid)}.")
+    pattern = config.model.pattern
+    require(
+        len(pattern) > 0 and all(kind in BLOCKS for kind in pattern),
+        f"model.pattern={pattern} must be a non-empty sequence of {', '.join(map(repr, BLOCKS))}.",
+    )
