@@ -16,7 +16,7 @@ import zlib
 from absl import flags
 import jax
 
-from moe import cli
+from moe import cli, setup
 from moe.config import ConfigDict
 from moe.data import tokenizers
 from moe.evaluation import matrix, tables
@@ -26,9 +26,8 @@ from moe.model.build import model_size
 from moe.parallel import distributed
 from moe.parallel.host_memory import reuse_buffers
 from moe.parallel.mesh import batch_shards, fits
-from moe.training import setup
+from moe.setup import Run
 from moe.training.checkpoint import Checkpointer
-from moe.training.setup import Run
 from moe.training.state import abstract_state, bind
 from moe.training.workdir import read_config
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from absl import flags
 import jax
 
-from moe import cli
+from moe import cli, setup
 from moe.config import ConfigDict
 from moe.data import tokenizers
 from moe.data.batches import TrainBatches
@@ -26,12 +26,12 @@ from moe.parallel import distributed
 from moe.parallel.host_memory import reuse_buffers
 from moe.report.run import write_report
 from moe.routing.metrics import summarize
-from moe.training import setup, throughput
+from moe.setup import Run
+from moe.training import throughput
 from moe.training.checkpoint import Checkpointer
 from moe.training.interruption import Interruption
 from moe.training.progress import Progress
 from moe.training.recording import Recorder
-from moe.training.setup import Run
 from moe.training.state import TrainState, abstract_state, initialize
 from moe.training.step import StepMetrics
 from moe.training.workdir import open_workdir, package_versions, write_config

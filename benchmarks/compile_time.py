@@ -15,8 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from moe import cli
-from moe.training import setup
+from moe import cli, setup
 from moe.training.state import abstract_state
 
 FLAGS = flags.FLAGS

@@ -18,9 +18,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from moe import cli
+from moe import cli, setup
 from moe.parallel.host_memory import reuse_buffers
-from moe.training import setup
 from moe.training.checkpoint import Checkpointer
 from moe.training.interruption import Interruption
 from moe.training.progress import Progress

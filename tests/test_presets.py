@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from configs import routers
+from moe import setup
 from moe.cli import complete_config, load_config
 from moe.config import ConfigDict, default_config, replace_section
 from moe.data.types import Batch
@@ -17,8 +18,8 @@ from moe.model.build import model_spec
 from moe.parallel.mesh import make_mesh
 from moe.routing.loss_table import LOSSES
 from moe.routing.table import ROUTERS
-from moe.training import optimizer, setup
-from moe.training.setup import Run
+from moe.setup import Run
+from moe.training import optimizer
 from moe.training.state import TrainState, abstract_state, make_skeleton, state_shardings
 
 VOCAB = 64

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from configs import models
+from moe import setup
 from moe.cli import complete_config
 from moe.config import default_config
 from moe.data.types import Batch
 from moe.model.build import model_spec
 from moe.parallel.mesh import make_mesh
-from moe.training import optimizer, setup
+from moe.training import optimizer
 from moe.training.state import initialize, make_skeleton, state_shardings
 from moe.training.step import StepMetrics
 

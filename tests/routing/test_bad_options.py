@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe import setup
 from moe.cli import load_config
 from moe.errors import ConfigError
 from moe.routing.router import pick_inputs
 from moe.routing.table import ROUTERS, check_causal, check_router
 from moe.routing.types import Routing
-from moe.training import setup
 
 E, S, B = 8, 16, 4  # experts, positions, rows, unless a row says otherwise
 
