@@ -93,7 +93,12 @@ def update_state(
 ) -> State:
     """Moves the bias against the load; `moe.routing.balance.update_bias` says how.
 
-    The paper uses rate 1e-3, and 0 for the last 500 of its 14,800 billion tokens.
+    Args:
+        state: `{"bias": float32 [*L E]}`.
+        counts: choices of each expert over the global batch, `[*L E]`.
+        bias_rate: step of the bias; the paper uses 1e-3, and 0 for the last 500 of its 14,800 billion
+            tokens; may be traced.
+        bias_centering: share of its mean that is taken off the bias, 0 to 1; may be traced.
     """
     return {"bias": update_bias(state["bias"], counts, bias_rate, bias_centering)}
 

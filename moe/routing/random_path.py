@@ -261,7 +261,13 @@ def init_state(
 
 
 def update_state(state: State, *, cost: Shaped[Array, ""], baseline_decay: Scalar = 0.99) -> State:
-    """Moves the baseline; `moe.routing.prior.set_prior` moves the prior, on held-out text."""
+    """Moves the baseline; `moe.routing.prior.set_prior` moves the prior, on held-out text.
+
+    Args:
+        state: as `init_state` makes it, with leading layer axes or none.
+        cost: mean cross-entropy of the step, nats a token.
+        baseline_decay: weight of the past in the running mean of the cost, below 1; may be traced.
+    """
     average = {name: state[name] for name in ("cost", "weight")}
     return state | reinforce.update_state(average, cost=cost, baseline_decay=baseline_decay)
 

@@ -146,7 +146,13 @@ def init_state(
 
 
 def update_state(state: State, *, cost: Shaped[Array, ""], baseline_decay: Scalar = 0.99) -> State:
-    """Moves the average towards this step's mean cost, nats a token."""
+    """Moves the average towards this step's mean cost.
+
+    Args:
+        state: as `init_state` makes it, with leading layer axes or none.
+        cost: mean cross-entropy of the step, nats a token.
+        baseline_decay: weight of the past in the running mean of the cost, below 1; may be traced.
+    """
     new = {"cost": cost.astype(jnp.float32), "weight": 1.0}
     return {
         name: baseline_decay * state[name] + (1.0 - baseline_decay) * value

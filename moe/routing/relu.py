@@ -86,7 +86,16 @@ def init_state(
     *,
     lambda_init: Scalar = 1e-8,
 ) -> State:
-    """Returns `{"lambda": float32 []}`; the paper starts at 1e-8, where the penalty does nothing."""
+    """Returns `{"lambda": float32 []}`.
+
+    Args:
+        num_experts: not read, like the next four.
+        vocab_size: not read.
+        k: not read.
+        key: not read.
+        token_counts: not read.
+        lambda_init: the paper starts at 1e-8, where the penalty does nothing.
+    """
     del num_experts, vocab_size, k, key, token_counts
     return {"lambda": jnp.asarray(lambda_init, jnp.float32)}
 
