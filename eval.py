@@ -20,8 +20,9 @@ from moe import cli, setup
 from moe.config import ConfigDict
 from moe.data import tokenizers
 from moe.evaluation import matrix, tables
+from moe.evaluation.causality import check_generation
 from moe.evaluation.generate import check_numbers, generate, until
-from moe.evaluation.record import evaluation_record, write_json
+from moe.evaluation.record import write_json
 from moe.model.build import model_size
 from moe.parallel import distributed
 from moe.parallel.host_memory import reuse_buffers
@@ -79,6 +80,8 @@ def main(argv: list[str]) -> int:
         step = checkpointer.resolve(_step(FLAGS.step))
         tokenizer = tokenizers.from_json(checkpointer.load_meta(step)["tokenizer"])
         run = setup.set_up(config_for(saved, overrides), tokenizer, training=False)
+        if FLAGS.generate is not None:
+            check_generation(run.spec)
         runs = [variant(run, saved, overrides, pairs) for pairs in combinations or []]
         with jax.set_mesh(run.mesh):
             checkpoint = restore(run, checkpointer, step)
@@ -167,23 +170,16 @@ def restore(run: Run, checkpointer: Checkpointer, step: int) -> Checkpoint:
 def measure(checkpoint: Checkpoint) -> dict[str, Any]:
     """The record of an evaluation of `--split`."""
     run = checkpoint.run
-    evaluation, speed = setup.timed_evaluation(
+    record, _ = setup.evaluate_split(
         run,
         setup.compile_eval_step(run, checkpoint.params, checkpoint.router),
         checkpoint.params,
         checkpoint.router,
-        FLAGS.split,
-        limit=run.config.evaluation.batches,
-    )
-    return evaluation_record(
-        evaluation,
-        step=checkpoint.step,
         split=FLAGS.split,
-        domains=run.data.domains,
-        tokenizer=run.data.tokenizer,
+        step=checkpoint.step,
         size=model_size(run.spec, run.config.data.sequence_length),
-        speed=speed,
     )
+    return record
 
 
 def print_evaluation(

@@ -19,9 +19,9 @@ from moe.data import tokenizers
 from moe.data.batches import TrainBatches
 from moe.data.tokenizers import Tokenizer
 from moe.errors import EXIT_PREEMPTED
-from moe.evaluation.evaluate import EvalStep, quality
-from moe.evaluation.record import evaluation_record, write_json
-from moe.model.build import ModelSize, model_size
+from moe.evaluation.evaluate import quality
+from moe.evaluation.record import write_json
+from moe.model.build import model_size
 from moe.parallel import distributed
 from moe.parallel.host_memory import reuse_buffers
 from moe.report.run import write_report
@@ -128,7 +128,15 @@ def loop(run: Run, state: TrainState, start: int, batches: TrainBatches, out: Ou
         found = None
         if step % config.evaluation.every == 0 or last:
             with clock.paused(state):
-                found = evaluate_split(run, eval_step, state, step, size)
+                found, _ = setup.evaluate_split(
+                    run,
+                    eval_step,
+                    state.params,
+                    state.router,
+                    split="valid",
+                    step=step,
+                    size=size,
+                )
                 leave(found, out)
         stop = out.interruption.requested(step)
         if out.checkpointer.due(step) or last or stop:
@@ -176,24 +184,6 @@ def train_values(told: StepMetrics) -> dict[str, Any]:
     return values if told.totals is None else values | summarize(told.totals)
 
 
-def evaluate_split(
-    run: Run, eval_step: EvalStep, state: TrainState, step: int, size: ModelSize
-) -> dict[str, Any]:
-    """The record of an evaluation on the valid split, as it goes to `eval/`."""
-    evaluation, speed = setup.timed_evaluation(
-        run, eval_step, state.params, state.router, "valid", limit=run.config.evaluation.batches
-    )
-    return evaluation_record(
-        evaluation,
-        step=step,
-        split="valid",
-        domains=run.data.domains,
-        tokenizer=run.data.tokenizer,
-        size=size,
-        speed=speed,
-    )
-
-
 def leave(record: dict[str, Any], out: Outputs) -> None:
     """Records an evaluation."""
     step, split = record["step"], record["split"]
@@ -230,6 +220,10 @@ def describe(record: dict[str, Any]) -> str:
     )
     if "routing/max_violation" in m:
         text += f", max violation {m['routing/max_violation']:.2f}"
+    if "routing/causal_gap" in m:
+        text += f", causal gap {m['routing/causal_gap']:+.4f}"
+    if record["causality"]["causal_form"] is False:
+        text += ", no causal form: not the loss of a model that can generate"
     return text
 
 

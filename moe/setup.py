@@ -23,8 +23,11 @@ from moe.dispatch.table import check as check_experts
 from moe.dispatch.table import make_dispatch
 from moe.dispatch.types import Dispatch
 from moe.errors import DataError
+from moe.evaluation.causality import causality_record, has_causal_gap
+from moe.evaluation.cost import cost_record
 from moe.evaluation.evaluate import EvalStep, Evaluation, evaluate, make_eval_step
-from moe.model.build import model_spec
+from moe.evaluation.record import evaluation_record
+from moe.model.build import ModelSize, model_spec
 from moe.model.experts import EXPERT_SPECS
 from moe.model.spec import KINDS, ModelSpec
 from moe.parallel.mesh import batch_shards, make_mesh
@@ -36,6 +39,8 @@ from moe.training import optimizer as optimizer_lib
 from moe.training import throughput
 from moe.training.state import Skeleton, TrainState, make_skeleton, state_shardings
 from moe.training.step import Hyper, Plan, TrainStep, train_step
+
+VOCABULARY_CELLS = 1 << 22  # layers x experts x token ids that an evaluation counts visits of
 
 
 class Run(NamedTuple):
@@ -72,9 +77,9 @@ def set_up(
     """
     mesh = make_mesh(**config.mesh)
     _check_batch(config, mesh)
+    # Fails before the data is prepared; the real vocabulary is not needed for the checks.
+    model_spec(config, vocab_size=1, training=training)
     if any(KINDS[kind] for kind in config.model.pattern):
-        # Fails before the data is prepared; the real vocabulary is not needed for the checks.
-        model_spec(config, vocab_size=1, training=training)
         check_experts(config.model.num_experts, mesh.shape[EXPERT])
         if not config.allow_noncausal and config.task.name == "language":
             check_causal(config.router.name)
@@ -195,8 +200,15 @@ def jit_train_step(run: Run):
 
 def jit_eval_step(run: Run):
     """The evaluation step with explicit shardings."""
+    spec = run.spec
+    cells = spec.sparse_layers * spec.num_experts * spec.vocab_size
     step = make_eval_step(
-        run.skeleton, dispatch_for(run, training=False), run.token_bytes, len(run.data.domains)
+        run.skeleton,
+        dispatch_for(run, training=False),
+        run.token_bytes,
+        len(run.data.domains),
+        vocabulary=not spec.classes and cells <= VOCABULARY_CELLS,
+        causal_gap=has_causal_gap(spec),
     )
     everywhere = NamedSharding(run.mesh, PartitionSpec())
     batch = NamedSharding(run.mesh, BATCH_SPEC)
@@ -267,3 +279,41 @@ def timed_evaluation(
     seconds = time.perf_counter() - started
     speed = {"speed/tokens_per_second": evaluation.metrics["tokens"] / seconds}
     return evaluation, speed | throughput.memory()
+
+
+def evaluate_split(
+    run: Run,
+    eval_step: EvalStep,
+    params: Any,
+    router: Any,
+    *,
+    split: str,
+    step: int,
+    size: ModelSize,
+) -> tuple[dict[str, Any], Evaluation]:
+    """The record of an evaluation, as it goes to `eval/`, and what it was made of.
+
+    Args:
+        run: from `set_up`.
+        eval_step: `compile_eval_step(...)`.
+        params: pure dict of parameters.
+        router: pure dict of router state.
+        split: "valid" or "test"; at most `evaluation.batches` batches of it.
+        step: optimiser steps of these numbers.
+        size: of the model.
+    """
+    evaluation, speed = timed_evaluation(
+        run, eval_step, params, router, split, limit=run.config.evaluation.batches
+    )
+    length = run.config.data.sequence_length
+    record = evaluation_record(
+        evaluation,
+        step=step,
+        split=split,
+        domains=run.data.domains,
+        tokenizer=run.data.tokenizer,
+        model=cost_record(run.spec, run.skeleton, size, evaluation.metrics, length),
+        causality=causality_record(run.spec),
+        speed=speed,
+    )
+    return record, evaluation

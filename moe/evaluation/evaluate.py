@@ -13,11 +13,13 @@ import numpy as np
 from moe.data.types import Batch
 from moe.dispatch.types import Dispatch
 from moe.evaluation import routing_sums
-from moe.evaluation.parameter_similarity import similarity_metrics
+from moe.evaluation.compare import Comparison, causal_metrics, comparison
+from moe.evaluation.parameter_similarity import similarity_metrics, sparse_layers
+from moe.evaluation.routing_paths import prior_entropy
 from moe.evaluation.routing_sums import RoutingSums
 from moe.model.layer import Call
 from moe.routing import metrics
-from moe.training.objective import RowSums, forward
+from moe.training.objective import Forward, RowSums, forward
 from moe.training.state import Skeleton
 
 
@@ -28,6 +30,9 @@ class EvalSums(NamedTuple):
     totals: metrics.Totals | None  # None for a dense model
     domain_requested: Float[Any, "L M E"] | None  # choices by domain, before drops
     routing: RoutingSums | None = None
+    causal: Comparison | None = None  # with the form of training, where it was asked for
+    layer_terms: dict[str, Any] = {}  # noqa: RUF012 - of the layers themselves, over valid tokens
+    valid: Any = 0.0  # tokens that are not padding
 
 
 class Sample(NamedTuple):
@@ -58,6 +63,7 @@ def make_eval_step(
     domains: int,
     *,
     vocabulary: bool = False,
+    causal_gap: bool = False,
 ) -> EvalStep:
     """Builds `(params, router state, batch, key) -> (sums, experts of the first row)`; jit it.
 
@@ -70,22 +76,32 @@ def make_eval_step(
         domains: `M`.
         vocabulary: counts the choices of every token id too, `[L V E]` for input and predicted ids;
             of language models only.
+        causal_gap: runs the form of training too, for routers whose form of evaluation alone is
+            causal.
     """
+
+    def run(params: Any, router: Any, batch: Batch, **how: Any) -> Forward:
+        call = Call(batch.tokens, batch.valid, dispatch, **how)
+        return forward(skeleton, params, router, batch, call, token_bytes)
 
     def step(
         params: Any, router: Any, batch: Batch, key: Key[Array, ""]
     ) -> tuple[EvalSums, Int[Array, "L S K"] | None]:
-        call = Call(batch.tokens, batch.valid, dispatch, key=key)
-        done = forward(skeleton, params, router, batch, call, token_bytes)
+        done = run(params, router, batch, key=key)
         report = done.reports
         member = jax.nn.one_hot(batch.domain, domains)  # [B M]
         by_domain = RowSums(*(jnp.einsum("b,bm->m", x, member) for x in done.rows))
+        terms = {name: jnp.where(batch.valid, v, 0.0).sum() for name, v in done.terms.items()}
         if report is None:
-            return EvalSums(by_domain, None, None), None
+            return EvalSums(by_domain, None, None, None, None, terms, batch.valid.sum()), None
         requested = jnp.einsum("lbe,bm->lme", report.row_requested, member)
         logits = done.logits if vocabulary else None
         routing = routing_sums.routing_sums(report, batch, member, logits)
-        sums = EvalSums(by_domain, metrics.totals(report), requested, routing)
+        causal = None
+        if causal_gap:
+            causal = comparison(done, run(params, router, batch, key=key, training=True))
+        totals = metrics.totals(report)
+        sums = EvalSums(by_domain, totals, requested, routing, causal, terms, batch.valid.sum())
         return sums, report.expert[:, 0]
 
     return step
@@ -126,7 +142,21 @@ def evaluate(
             sample = Sample(np.asarray(local.tokens[0]), np.asarray(experts), int(local.domain[0]))
     assert sums is not None
     found = summarize(sums, domains)
-    return found._replace(metrics=found.metrics | similarity_metrics(params), sample=sample)
+    numbers = similarity_metrics(params) | prior_metrics(router)
+    return found._replace(metrics=found.metrics | numbers, sample=sample)
+
+
+def prior_metrics(router: Any) -> dict[str, Any]:
+    """`routing/prior_entropy` in nats, of routers whose state has a `log_prior`; else nothing."""
+    states = [layer.get("state", {}) for layer in sparse_layers(router, "state")]
+    if not states or "log_prior" not in states[0]:
+        return {}
+    log_prior = np.stack([jax.device_get(state["log_prior"]) for state in states], axis=1)
+    layers = prior_entropy(np.exp(np.asarray(log_prior, np.float64))).reshape(-1)
+    return {
+        "routing/prior_entropy": float(layers.mean()),
+        "routing/per_layer/prior_entropy": layers.tolist(),
+    }
 
 
 def _to_host(sums: EvalSums) -> EvalSums:
@@ -152,6 +182,8 @@ def _add(a: EvalSums, b: EvalSums) -> EvalSums:
 def summarize(sums: EvalSums, domains: tuple[str, ...]) -> Evaluation:
     """Quotients of host sums."""
     values = quality(RowSums(*(np.sum(x) for x in sums.rows)))
+    tokens = max(float(sums.valid), 1.0)
+    values |= {f"layers/{name}": float(v) / tokens for name, v in sums.layer_terms.items()}
     by_domain, load, tables = {}, {}, {}
     for i, name in enumerate(domains):
         part = RowSums(*(x[i] for x in sums.rows))
@@ -162,6 +194,8 @@ def summarize(sums: EvalSums, domains: tuple[str, ...]) -> Evaluation:
         if sums.routing is not None:
             found, tables = routing_sums.summarize(sums.routing, sums.domain_requested)
             values |= found
+        if sums.causal is not None:
+            values |= causal_metrics(sums.causal)
         for i, name in enumerate(domains):
             if name in by_domain:
                 load[name] = metrics.load(np.asarray(sums.domain_requested)[:, i]).tolist()

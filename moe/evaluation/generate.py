@@ -10,6 +10,7 @@ import numpy as np
 
 from moe.dispatch.types import Dispatch
 from moe.errors import ConfigError
+from moe.evaluation.causality import check_generation
 from moe.model.block import LayerCache
 from moe.model.layer import Call
 from moe.model.transformer import Transformer, empty_cache
@@ -40,8 +41,9 @@ def generate(
         rows: copies of the prompt, so that a batch-sharded mesh has one for each shard.
 
     Raises:
-        ConfigError: an empty prompt, or numbers out of range.
+        ConfigError: a model that cannot generate, an empty prompt, or numbers out of range.
     """
+    check_generation(model.spec)
     check_numbers(length=length, temperature=temperature, top_p=top_p)
     if len(prompt) == 0:
         raise ConfigError("generation needs a prompt of at least one token.")

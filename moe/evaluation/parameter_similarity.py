@@ -27,12 +27,17 @@ def similarity_metrics(params: Any) -> dict[str, Any]:
     return means | {f"routing/per_layer/{name}": value.tolist() for name, value in layers.items()}
 
 
-def sparse_layers(params: Any) -> Iterator[dict[str, Any]]:
-    """The sparse layers of one turn of the pattern in the order of reports, arrays stacked over turns."""
+def sparse_layers(params: Any, part: str = "experts") -> Iterator[dict[str, Any]]:
+    """The sparse layers of one turn of the pattern in the order of reports, arrays stacked over turns.
+
+    Args:
+        params: pure dict of parameters or of router state.
+        part: what a sparse layer has there: `experts` among parameters, `state` among router state.
+    """
     blocks = params.get("blocks", {})
     for name in sorted(blocks, key=lambda block: int(block.removeprefix("layer"))):
         for module in sorted(blocks[name]):  # "mlp" before "second"
-            if "experts" in blocks[name][module]:
+            if part in blocks[name][module]:
                 yield blocks[name][module]
 
 

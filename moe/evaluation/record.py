@@ -6,7 +6,6 @@ from typing import Any
 
 from moe.data.tokenizers import Tokenizer
 from moe.evaluation.evaluate import Evaluation, Sample
-from moe.model.build import ModelSize
 from moe.training.workdir import write_atomically
 
 
@@ -17,7 +16,8 @@ def evaluation_record(
     split: str,
     domains: tuple[str, ...],
     tokenizer: Tokenizer,
-    size: ModelSize,
+    model: dict[str, Any],
+    causality: dict[str, Any],
     speed: dict[str, float],
 ) -> dict[str, Any]:
     """The JSON object of one evaluation.
@@ -28,7 +28,8 @@ def evaluation_record(
         split: "valid" or "test".
         domains: names by index.
         tokenizer: for the text of the sample.
-        size: of the model.
+        model: its size and cost, `cost_record`.
+        causality: of the router, `causality_record`.
         speed: `speed/*` and `memory/*` of this evaluation.
     """
     return {
@@ -38,7 +39,8 @@ def evaluation_record(
         "domains": evaluation.domains,
         "domain_load": evaluation.domain_load,
         "tables": evaluation.tables,
-        "model": size._asdict(),
+        "model": model,
+        "causality": causality,
         "sample": None
         if evaluation.sample is None
         else _sample_record(evaluation.sample, domains, tokenizer),

@@ -71,10 +71,10 @@ def mean_k(
 
 
 def skip_rate(
-    ran: Shaped[np.ndarray, " L"], tokens: Shaped[np.ndarray, " L"]
+    ran: Shaped[np.ndarray, " L"], tokens: Shaped[np.ndarray, " L"] | float
 ) -> Float[np.ndarray, " L"]:
     """Share of tokens that pass a layer by: `ran` tokens went through it."""
-    tokens = np.asarray(tokens, np.float64)
+    tokens = np.broadcast_to(np.asarray(tokens, np.float64), ran.shape)
     return np.where(tokens > 0, 1.0 - ran / np.maximum(tokens, 1.0), 0.0)
 
 

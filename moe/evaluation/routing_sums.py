@@ -35,6 +35,7 @@ class RoutingSums(NamedTuple):
     positions: Shaped[Any, "L P E"]  # choices by position in the document
     domain_tokens: Shaped[Any, " M"]
     position_tokens: Shaped[Any, " P"]
+    ran: Shaped[Any, " L"]  # tokens that an expert worked on
     paths: Any  # fingerprints uint32 [B S 2] and valid [B S]; `Paths` on the host
     inputs: Vocabulary | None = None  # by the id of the token itself
     predictions: Vocabulary | None = None  # by the id that is predicted after it
@@ -70,6 +71,7 @@ def routing_sums(
         positions=jnp.einsum("lbse,bsp->lpe", weight, bin_of),
         domain_tokens=jnp.einsum("bs,bm->m", batch.valid.astype(jnp.float32), member),
         position_tokens=bin_of.sum(axis=(0, 1)),
+        ran=hot.any(axis=-1).sum(axis=(1, 2)).astype(jnp.float32),
         paths=(_fingerprints(hot), batch.valid),
     )
     if logits is None:
@@ -128,7 +130,8 @@ def summarize(
     Returns:
         `routing/<name>` and `routing/per_layer/<name>` as `metrics.summarize` gives them:
         `coactivation` (an expert's strongest partner), `domain_information`, `domain_divergence`
-        and `position_information` (nats), `path_entropy` (nats), `unique_paths` (per 1,000 tokens),
+        and `position_information` (nats), `skip_rate` (tokens that no expert worked on),
+        `path_entropy` (nats), `unique_paths` (per 1,000 tokens),
         `vocabulary_inputs` and `vocabulary_predictions` where counted. And tables, too large for
         every line of a history: `routing/coactivation [L E E]`, `routing/domains [L M E]` and
         `routing/positions [L P E]`, shares of the tokens of a kind.
@@ -138,6 +141,7 @@ def summarize(
         "domain_information": analysis.mutual_information(domain_requested),
         "domain_divergence": analysis.mean_divergence(domain_requested),
         "position_information": analysis.mutual_information(sums.positions),
+        "skip_rate": routing_paths.skip_rate(sums.ran, sums.position_tokens.sum()),
     }
     for name in ("inputs", "predictions"):
         found: Vocabulary | None = getattr(sums, name)

@@ -50,6 +50,10 @@ def evaluation_table(record: dict[str, Any]) -> str:
         if k.startswith("routing/") and isinstance(v, float)
     ]
     title = f"step {record['step']}, split {record['split']}"
+    if record["causality"]["causal_form"] is False:
+        title += (
+            "\nThe router has no causal form: this is not the loss of a model that can generate."
+        )
     parts = [title, align(quality), align(routing) if routing else "", align(rest)]
     return "\n\n".join(part for part in parts if part)
 

@@ -49,7 +49,7 @@ def test_number(value, text):
     assert tables.number(value) == text
 
 
-def make_record(routing: dict) -> dict:
+def make_record(routing: dict, **changes: bool) -> dict:
     domains = {name: dict(QUALITY) for name in ("code", "prose")}
     evaluation = Evaluation(
         QUALITY | routing,
@@ -64,7 +64,8 @@ def make_record(routing: dict) -> dict:
         split="test",
         domains=("code", "prose"),
         tokenizer=byte_tokenizer(),
-        size=ModelSize(2_000_000, 500_000, 1e6),
+        model={**ModelSize(2_000_000, 500_000, 1e6)._asdict(), "flops_executed": 9e5},
+        causality={"router": "C0", "causal_form": True} | changes,
         speed={"speed/tokens_per_second": 1234.5, "memory/host_peak_bytes": 1e9},
     )
 
@@ -79,6 +80,7 @@ def test_record_has_the_interface():
         "domain_load",
         "tables",
         "model",
+        "causality",
         "sample",
     }
     assert record["metrics"]["speed/tokens_per_second"] == 1234.5
@@ -86,6 +88,7 @@ def test_record_has_the_interface():
         "parameters_total": 2_000_000,
         "parameters_active": 500_000,
         "flops_per_token": 1e6,
+        "flops_executed": 9e5,
     }
     assert record["sample"]["domain"] == "prose"
     assert record["sample"]["tokens"][:2] == ["h", "i"]
@@ -105,6 +108,7 @@ def test_table_of_an_evaluation():
     assert ["speed/tokens_per_second", "1234.5000"] in rows
     assert "routing/load" not in text
     assert "routing" not in tables.evaluation_table(make_record({}))
+    assert "no causal form" in tables.evaluation_table(make_record({}, causal_form=False))
 
 
 def test_table_of_a_matrix():
