@@ -1,13 +1,16 @@
 """One forward pass over a batch, reduced to sums over each row; training and evaluation share it."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import optax
 
 from moe.data.types import Batch
 from moe.model.layer import Call
+from moe.model.transformer import ModelOutput
 from moe.routing.types import LayerReport
 from moe.training.state import Skeleton, bind
 
@@ -40,6 +43,7 @@ def forward(
     batch: Batch,
     call: Call,
     token_bytes: Int[Array, " V"],
+    passes: int = 1,
 ) -> Forward:
     """Predicts every valid token of the batch; of a classifier, the domain of every row.
 
@@ -50,14 +54,33 @@ def forward(
         batch: packed rows.
         call: dispatch and noise; its tokens and mask are those of the batch.
         token_bytes: bytes that each id stands for.
+        passes: how many draws of the routers to average the probabilities of, as an ensemble; the
+            reports are those of the first.
     """
     model = bind(skeleton, params, router)
     out = model(batch.positions, batch.segments, call)
-    if out.logits.ndim == 2:
-        rows, nll = _classified(out.logits, batch)
+    logits = out.logits
+    if passes > 1:
+        logits = _averaged(lambda call: model(batch.positions, batch.segments, call), call, passes)
+    if logits.ndim == 2:
+        rows, nll = _classified(logits, batch)
     else:
-        rows, nll = _predicted(out.logits, batch, token_bytes)
-    return Forward(rows, out.reports, out.terms, nll, out.logits)
+        rows, nll = _predicted(logits, batch, token_bytes)
+    return Forward(rows, out.reports, out.terms, nll, logits)
+
+
+def _averaged(
+    run: Callable[[Call], ModelOutput], call: Call, passes: int
+) -> Float[Array, "B *S V"]:
+    """Logarithm of the mean probabilities over passes; the first has the key of `call` itself."""
+    assert call.key is not None
+    keys = jax.vmap(lambda i: jax.random.fold_in(call.key, i))(jnp.arange(1, passes))
+
+    def add(total: Array, key: Array) -> tuple[Array, None]:
+        return jnp.logaddexp(total, jax.nn.log_softmax(run(call._replace(key=key)).logits)), None
+
+    total = jax.lax.scan(add, jax.nn.log_softmax(run(call).logits), keys)[0]
+    return total - jnp.log(float(passes))
 
 
 def _predicted(
