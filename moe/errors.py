@@ -1,5 +1,14 @@
 """Errors meant for people: each names the value, the rule and the fix, and has its own exit code."""
 
+from collections.abc import Iterable
+import difflib
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` with the known word that is most alike, or nothing if none is."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
 
 class UserError(Exception):
     """A mistake that the user can mend. `exit_code` is what the entry points return to the shell."""

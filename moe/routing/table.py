@@ -1,9 +1,8 @@
 """The table of routers: a new one is a file, a row here, and nothing else."""
 
-import difflib
 from typing import Any
 
-from moe.errors import ConfigError
+from moe.errors import ConfigError, did_you_mean
 from moe.routing import (
     balanced_groups,
     base,
@@ -113,7 +112,7 @@ def find_router(name: str) -> Router:
     if name in ROUTERS:
         return ROUTERS[name]
     raise ConfigError(
-        f"router.name={name!r} is not a router{_nearest(name, ROUTERS)}; there are "
+        f"router.name={name!r} is not a router{did_you_mean(name, ROUTERS)}; there are "
         f"{', '.join(ROUTERS)}."
     )
 
@@ -155,7 +154,7 @@ def check_router(
         if option not in known:
             raise ConfigError(
                 f"router.{option} is not an option of router.name={name!r}"
-                f"{_nearest(option, known)}; it takes {', '.join(known) or 'no options'}."
+                f"{did_you_mean(option, known)}; it takes {', '.join(known) or 'no options'}."
             )
     if not 1 <= k <= num_experts:
         raise ConfigError(
@@ -198,8 +197,3 @@ def check_causal(name: str) -> None:
             f"on later tokens, so a language model sees its future. Set allow_noncausal=True ({form}), "
             "choose another router, or another task (task.name='classify')."
         )
-
-
-def _nearest(name: str, known: dict[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
