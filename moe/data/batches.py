@@ -16,9 +16,10 @@ import numpy as np
 
 from moe.config import ConfigDict, nearest
 from moe.data.pack import PackedRows, Row, padding_row
+from moe.data.router_valid import carve
 from moe.data.sources import open_source
-from moe.data.sources.types import SPLITS, Request
-from moe.data.store import Count, TokenStore, cached_tokenizer, open_tokens
+from moe.data.sources.types import Request
+from moe.data.store import Count, TokenStore, cached_tokenizer, document_keys, open_tokens
 from moe.data.tokenizers import Tokenizer
 from moe.data.types import Batch
 from moe.errors import CheckpointError, ConfigError, DataError
@@ -28,15 +29,23 @@ _ENDLESS = 1 << 53  # rows; grain computes the number of batches in floating poi
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)  # the buffer counts batches
 
 
-def make_data(section: ConfigDict, *, seed: int, tokenizer: Tokenizer | None = None) -> "TextData":
+def make_data(
+    section: ConfigDict,
+    *,
+    seed: int,
+    tokenizer: Tokenizer | None = None,
+    router_valid: bool = False,
+) -> "TextData":
     """Opens what the config's `data` section describes: its keys are the arguments of `text_data`.
 
     Args:
         section: `config.data`.
         seed: of the order of documents and rows in training.
         tokenizer: the one saved with a run; None makes the one that the section describes.
+        router_valid: whether to carve the split `router_valid` from train.
     """
-    return text_data(**section.to_dict(), seed=seed, saved_tokenizer=tokenizer)
+    values = section.to_dict()
+    return text_data(**values, seed=seed, saved_tokenizer=tokenizer, router_valid=router_valid)
 
 
 def text_data(
@@ -52,6 +61,7 @@ def text_data(
     text_feature: str = "text",
     directory: str | None = None,
     saved_tokenizer: Tokenizer | None = None,
+    router_valid: bool = False,
 ) -> "TextData":
     """Opens, tokenises and packs a text corpus.
 
@@ -67,6 +77,7 @@ def text_data(
         text_feature: for `tfds`.
         directory: of prepared data and token files; None is TFDS's default.
         saved_tokenizer: overrides `tokenizer` and `vocab_size`.
+        router_valid: carves the split `router_valid` from train; see `moe.data.router_valid`.
 
     Raises:
         ConfigError: an unknown name, or numbers that cannot work.
@@ -80,6 +91,8 @@ def text_data(
     source = open_source(kind, Request(dataset, root, files, text_feature))
     made = saved_tokenizer or cached_tokenizer(source, root, tokenizer, vocab_size)
     store = open_tokens(source, root, made)
+    if router_valid:
+        store = carve(store, document_keys(source, root), made.token_bytes)
     mix = _mixing_weights(weights, store)
     data = TextData(made, store, mix, batch_size, sequence_length, seed)
     rows = data.num_rows("train")
@@ -183,14 +196,26 @@ class TextData:
         The order mixes the domains, so that the first batches are a fair sample. The last batch is
         filled with rows of padding; every process gets as many batches as the others.
         """
-        rows = _EvalRows(self._rows(split), self.num_batches(split) * self.batch_size)
-        block = _blocks(rows, len(rows), self.batch_size, process_index, process_count)
+        block = self._eval_block(split, process_index, process_count)
         return iter(_read(block, self.batch_size // process_count))
+
+    def eval_batch(
+        self, split: str, index: int, process_index: int = 0, process_count: int = 1
+    ) -> Batch:
+        """Returns the `index`-th batch of `eval_batches`; beyond the last one it starts again."""
+        block = self._eval_block(split, process_index, process_count)
+        own = self.batch_size // process_count
+        first = index % self.num_batches(split) * own
+        return _stack([block[row] for row in range(first, first + own)])
+
+    def _eval_block(self, split: str, process_index: int, process_count: int) -> "_Block":
+        rows = _EvalRows(self._rows(split), self.num_batches(split) * self.batch_size)
+        return _blocks(rows, len(rows), self.batch_size, process_index, process_count)
 
     def _rows(self, split: str) -> list[PackedRows]:
         """Returns the rows of each domain: in training only those with a weight, shuffled."""
-        if split not in SPLITS:
-            raise ConfigError(f"There is no split {split!r}; {nearest(split, SPLITS)}.")
+        if split not in self.store.splits:
+            raise ConfigError(f"There is no split {split!r}; {nearest(split, self.store.splits)}.")
         train = split == "train"
         return [
             PackedRows(tokens, m, self.sequence_length, self.seed if train else None)

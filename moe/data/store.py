@@ -14,8 +14,9 @@ from pathlib import Path
 import shutil
 import tempfile
 from typing import NamedTuple
+import zlib
 
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 import numpy as np
 
 from moe.data.sources.types import SPLITS, Document, Source
@@ -84,6 +85,20 @@ def open_tokens(source: Source, directory: Path, tokenizer: Tokenizer) -> TokenS
         with _directory_in_one_go(path) as temporary:
             _write(source, tokenizer, temporary)
     return _open(path)
+
+
+def document_keys(source: Source, directory: Path) -> Shaped[np.ndarray, " n"]:
+    """Returns the CRC-32 of the key of each training document, uint32, in the order of its tokens.
+
+    Read from the source once, then from `tokens/<key>/` below the data directory.
+    """
+    path = directory / "tokens" / _digest(source.identity, "keys") / "train.key.npy"
+    if not path.is_file():
+        documents = (document for document in source.documents("train") if document.text)
+        keys = [zlib.crc32((d.key or d.text).encode("utf-8", "surrogateescape")) for d in documents]
+        with _directory_in_one_go(path.parent) as temporary:
+            np.save(temporary / path.name, np.array(keys, np.uint32))
+    return np.load(path)
 
 
 def _digest(*parts: object) -> str:

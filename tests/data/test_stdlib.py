@@ -62,6 +62,17 @@ def test_held_out_by_whole_file(examples):
     }
 
 
+def test_router_validation_takes_a_file_with_its_docstrings(data, directory, examples):
+    section = {"name": "stdlib", "batch_size": 4, "sequence_length": 64}
+    section |= {"directory": str(directory)}
+    carved = make_data(ConfigDict(section), seed=0, router_valid=True)
+    held_out = carved.store.splits["router_valid"].domain >= 0
+    met = [(path, held) for (_, path, _), held in zip(examples["train"], held_out, strict=True)]
+    assert {path for path, held in met if held}.isdisjoint(path for path, held in met if not held)
+    assert 0.03 < held_out.mean() < 0.07
+    assert all(carved.counts["router_valid"][name].documents for name in data.domains)
+
+
 def test_code_is_the_file_and_prose_its_docstrings(examples):
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     texts = {(d, p): t for split in SPLITS for d, p, t in examples[split]}

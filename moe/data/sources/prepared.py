@@ -127,7 +127,8 @@ def _identity(path: Path) -> str:
 
 
 def _documents(builder, split: str, text_feature: str) -> Iterator[Document]:
-    domain_feature = dict(builder.info.features).get("domain")
+    features = dict(builder.info.features)
+    keyed = isinstance(features.get("path"), tfds.features.Text)
     try:
         examples = builder.as_data_source(split)
         for start in range(0, len(examples), _CHUNK):
@@ -135,7 +136,8 @@ def _documents(builder, split: str, text_feature: str) -> Iterator[Document]:
             for index, example in zip(indices, examples.__getitems__(indices), strict=True):
                 where = f"{builder.data_path} ({split}, example {index})"
                 text = _as_text(example[text_feature], where)
-                yield Document(text, _domain(example, domain_feature, where))
+                key = _as_text(example["path"], where) if keyed else ""
+                yield Document(text, _domain(example, features.get("domain"), where), key)
     except (OSError, RuntimeError, ValueError) as error:  # what array_record raises
         raise DataError(
             f"Cannot read {builder.data_path} ({split}): {error}. If the files are damaged, delete "

@@ -26,6 +26,7 @@ class Document(NamedTuple):
 
     text: str
     domain: str
+    key: str = ""  # documents of one key are held out together; "" stands for the text itself
 
 
 class Source(NamedTuple):
