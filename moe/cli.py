@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 import os
 import runpy
 import sys
+from typing import Any
 
 from absl import flags
 import ml_collections
@@ -12,7 +13,8 @@ from moe import config as config_lib
 from moe.config import ConfigDict
 from moe.config_rules import check_numbers
 from moe.errors import ConfigError, UserError
-from moe.routing import table as routers
+from moe.model.attention_table import find_attention
+from moe.routing.table import router_options
 
 
 def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
@@ -38,19 +40,21 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigD
 
 
 def complete_config(config: ConfigDict, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
-    """Fills in the router's options, applies overrides, checks what needs nothing but the config."""
+    """Fills in options of what has a name, applies overrides, checks what needs nothing but the config."""
     sections = config.to_dict()
     model = sections.get("model", {})
     if isinstance(model.get("pattern"), list):  # as JSON gives it back
         model["pattern"] = tuple(model["pattern"])
     config = ConfigDict(sections)
     config_lib.check_known_keys(
-        config, config_lib.default_config(), free=("router", "data.files", "data.weights")
+        config, config_lib.default_config(), free=(*NAMED, "data.files", "data.weights")
     )
     for key, text in overrides:
-        if key == "router.name":
-            _switch_router(config, text)
-    _fill_router(config)
+        section, _, last = key.partition(".")
+        if section in NAMED and last == "name":
+            _switch(config, section, text)
+    for section in NAMED:
+        _fill(config, section)
     config.lock()
     for key, text in overrides:
         config_lib.apply_override(config, key, text)
@@ -58,28 +62,41 @@ def complete_config(config: ConfigDict, overrides: Sequence[tuple[str, str]] = (
     return config
 
 
-def _switch_router(config: ConfigDict, name: str) -> None:
-    """Another router by name: `k` stays, its other options start from its defaults."""
-    if name != config.router.name:
-        jitter = routers.router_options(name).get("jitter", 0.0)
-        config_lib.replace_section(
-            config, "router", {"name": name, "k": config.router.k, "jitter": jitter}
-        )
+def _router_keys(name: str) -> dict[str, Any]:
+    return {"k": 1, "jitter": 0.0, **router_options(name)}
 
 
-def _fill_router(config: ConfigDict) -> None:
-    options = routers.router_options(config.router.name)
-    given = config.router.to_dict()
-    known = {"name": "", "k": 1, "jitter": 0.0, **options}
+def _attention_keys(name: str) -> dict[str, Any]:
+    return find_attention(name).options
+
+
+# Sections that choose by `name`: their keys with defaults by that name, and what survives another name.
+NAMED: dict[str, tuple[Callable[[str], dict[str, Any]], tuple[str, ...]]] = {
+    "router": (_router_keys, ("k",)),
+    "attention": (_attention_keys, ()),
+}
+
+
+def _switch(config: ConfigDict, section: str, name: str) -> None:
+    """Another name: its options start from its defaults."""
+    if name != config[section].name:
+        keys, kept = NAMED[section]
+        values = keys(name) | {key: config[section][key] for key in kept}
+        config_lib.replace_section(config, section, {"name": name, **values})
+
+
+def _fill(config: ConfigDict, section: str) -> None:
+    given = config[section].to_dict()
+    known = {"name": "", **NAMED[section][0](given["name"])}
     for key in given:
         if key in known:
-            config_lib.check_type(f"router.{key}", given[key], known[key])
+            config_lib.check_type(f"{section}.{key}", given[key], known[key])
         else:
             raise ConfigError(
-                f"router.{key}={given[key]!r}: router {config.router.name!r} has no such option; "
+                f"{section}.{key}={given[key]!r}: {section} {given['name']!r} has no such option; "
                 f"{config_lib.nearest(key, known)}."
             )
-    config_lib.replace_section(config, "router", {**known, **given})
+    config_lib.replace_section(config, section, {**known, **given})
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], str | None, list[tuple[str, str]]]:

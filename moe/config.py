@@ -1,6 +1,7 @@
 """The config: defaults, overrides, and errors that name the key, the value, the rule and the fix.
 
-A section is the keyword arguments of one function; `router` and `dispatch` are picked by `name`.
+A section is the keyword arguments of one function; `router`, `attention` and `dispatch` are picked by
+`name`.
 """
 
 import ast
@@ -50,6 +51,7 @@ def default_config() -> ConfigDict:
                 "dtype": "float32",  # of computation; parameters are float32
             },
             "router": {"name": "topk", "k": 2, "jitter": 0.0},
+            "attention": {"name": "full"},  # moe/model/attention_table.py
             "dispatch": {
                 "name": "grouped",  # or capacity, reference
                 "capacity_factor": 1.25,  # training; None is dropless
@@ -99,6 +101,7 @@ def default_config() -> ConfigDict:
                 "compute_kind": "squared",
                 "predictor": 0.0,
                 "commitment": 0.0,
+                "head_balance": 0.0,
             },
             "data": {
                 "name": "stdlib",

@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped queries, rotary positions and a key/value cache."""
+"""Self-attention with grouped queries, rotary positions and a key/value cache."""
 
 from typing import NamedTuple
 
@@ -69,14 +69,19 @@ class Attention(nnx.Module):
         rope_base: float,
         norm_eps: float,
         out_scale: float,
+        causal: bool = True,
         rngs: nnx.Rngs,
     ):
-        """`qk_norm`: "none", "head" (each head, as in Qwen3) or "full" (all heads at once, as in OLMoE)."""
+        """`qk_norm`: "none", "head" (each head, as in Qwen3) or "full" (all heads at once, as in OLMoE).
+
+        `causal`: False attends to the whole document, later tokens too.
+        """
         init = fan_in_init(width)
-        self.rope_base, self.qk_norm = rope_base, qk_norm
+        self.rope_base, self.qk_norm, self.causal = rope_base, qk_norm, causal
+        kv = "H" if kv_heads > 1 else None  # one head for all cannot be spread
         self.wq = nnx.Param(init(rngs.params(), (width, heads, head_dim)), axes=("D", "H", None))
-        self.wk = nnx.Param(init(rngs.params(), (width, kv_heads, head_dim)), axes=("D", "H", None))
-        self.wv = nnx.Param(init(rngs.params(), (width, kv_heads, head_dim)), axes=("D", "H", None))
+        self.wk = nnx.Param(init(rngs.params(), (width, kv_heads, head_dim)), axes=("D", kv, None))
+        self.wv = nnx.Param(init(rngs.params(), (width, kv_heads, head_dim)), axes=("D", kv, None))
         self.wo = nnx.Param(
             fan_in_init(heads * head_dim, out_scale)(rngs.params(), (heads, head_dim, width)),
             axes=("H", None, "D"),
@@ -120,7 +125,7 @@ class Attention(nnx.Module):
         cache: KeyValues | None = None,
         start: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
-        """Attends to earlier positions of the same document.
+        """Attends to earlier positions of the same document, or to all of them.
 
         Args:
             x: inputs in the compute dtype.
@@ -134,7 +139,7 @@ class Attention(nnx.Module):
             The output (before the residual) and the cache with these positions in it.
         """
         heads = self.rotated(self.heads(x), positions)
-        out, cache = attend(heads, segments, cache, start)
+        out, cache = attend(heads, segments, cache, start, causal=self.causal)
         return self.merged(out), cache
 
 
@@ -143,12 +148,14 @@ def attend(
     segments: Int[Array, "B S"],
     cache: KeyValues | None,
     start: Int[Array, ""] | None,
+    *,
+    causal: bool = True,
 ) -> tuple[Float[Array, "B S H X"], KeyValues | None]:
-    """What each query head finds at earlier positions of its document; arguments as for `Attention`."""
+    """What each query head finds in its document; arguments as for `Attention`."""
     q, k, v = heads
     if cache is None:
         mask = segments[:, None, :, None] == segments[:, None, None, :]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True), None
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal), None
     assert start is not None
     mask = _cache_mask(start, q.shape[1], cache.key.shape[1])
     segment = cache.segment

@@ -6,6 +6,12 @@
 | `block` | its own block of tokens and the best earlier ones |
 | `kmeans` | the tokens of its cluster |
 | `segment` | its own segment, and one summary of each earlier one |
+| `projection_experts` | every earlier token, with the heads that it chose (MoA) |
+| `routed_heads` | every earlier token, with heads weighted by its choice (MoH) |
+
+In a model that need not be causal (a classifier) `full`, `projection_experts` and `routed_heads` attend to
+the whole document. The others stay causal: blocks and segments are ranked or summed up by what came
+before, which is no mistake where later tokens may be seen, and the classifier reads all outputs.
 """
 
 from collections.abc import Callable
@@ -16,9 +22,10 @@ from flax import nnx
 import jax.numpy as jnp
 
 from moe.errors import ConfigError
-from moe.model import block_attention, kmeans_attention, segment_attention
+from moe.model import block_attention, head_experts, kmeans_attention, segment_attention
 from moe.model.attention import Attention, KeyValues
 from moe.model.block_attention import BlockAttention
+from moe.model.head_experts import HEAD_BALANCE
 from moe.model.kmeans_attention import KMeansAttention
 from moe.model.segment_attention import SegmentAttention
 from moe.routing.router import options_of, pick_inputs
@@ -40,13 +47,14 @@ class AttentionKind(NamedTuple):
     """One way to attend.
 
     * `module(width, heads, kv_heads, head_dim, *, qk_norm, rope_base, norm_eps, out_scale, rngs,
-      <options>)`; called with `(x, positions, segments, cache, start)`, and with `key` where it names it.
-    * `check(**options)` raises `ConfigError`; it may name `sequence_length`.
+      <options>)`; called with `(x, positions, segments, cache, start)`, and with `key` where it names
+      it. Where `bidirectional`, it takes `causal` too.
+    * `check(**options)` raises `ConfigError`; it may name `sequence_length`, `heads` and `qk_norm`.
     * `empty_cache(batch, length, ...)` names what it needs of `width`, `kv_heads`, `head_dim`, `dtype`
       and its options.
     """
 
-    module: type[nnx.Module]
+    module: Callable[..., nnx.Module]
     paper: str
     check: Callable[..., None] = no_check
     empty_cache: Callable[..., Any] = key_values
@@ -55,15 +63,22 @@ class AttentionKind(NamedTuple):
     )
     noncausal: tuple[tuple[str, Any], ...] = ()  # (option, value) that make it C3
     terms: tuple[str, ...] = ()  # losses that it offers, one value a token
+    bidirectional: bool = False  # whether it can attend to the whole document
+    gaps: bool = False  # whether its cache tells positions apart that a layer left out
 
     @property
     def options(self) -> dict[str, Any]:
         """Every option with its default."""
-        return options_of(self.module)
+        return {n: v for n, v in options_of(self.module).items() if n != "causal"}
 
 
 ATTENTION: dict[str, AttentionKind] = {
-    "full": AttentionKind(Attention, "Vaswani et al. 2017, arXiv:1706.03762; arXiv:2305.13245"),
+    "full": AttentionKind(
+        Attention,
+        "Vaswani et al. 2017, arXiv:1706.03762; arXiv:2305.13245",
+        bidirectional=True,
+        gaps=True,
+    ),
     "block": AttentionKind(
         BlockAttention, "Lu et al. 2025, arXiv:2502.13189", block_attention.check
     ),
@@ -80,6 +95,23 @@ ATTENTION: dict[str, AttentionKind] = {
         "Yang et al. 2016 (HAN); Pappagari et al. 2019, arXiv:1910.10781",
         segment_attention.check,
         segment_attention.empty_cache,
+    ),
+    "projection_experts": AttentionKind(
+        head_experts.projection_experts,
+        "Zhang et al. 2022 (MoA), arXiv:2210.05144",
+        head_experts.check_projections,
+        head_experts.one_head_cache,
+        terms=(HEAD_BALANCE,),
+        bidirectional=True,
+        gaps=True,
+    ),
+    "routed_heads": AttentionKind(
+        head_experts.routed_heads,
+        "Jin et al. 2024 (MoH), arXiv:2410.11842",
+        head_experts.check_routed,
+        terms=(HEAD_BALANCE,),
+        bidirectional=True,
+        gaps=True,
     ),
 }
 
@@ -106,13 +138,21 @@ def causality_of(name: str, options: dict[str, Any]) -> str:
 
 
 def check_attention(
-    name: str, *, sequence_length: int, allow_noncausal: bool = False, **options: Any
+    name: str,
+    *,
+    sequence_length: int,
+    heads: int = 4,
+    qk_norm: str = "none",
+    allow_noncausal: bool = False,
+    **options: Any,
 ) -> None:
     """Checks the section `attention` of the config, before anything compiles.
 
     Args:
         name: a key of `ATTENTION`.
         sequence_length: `data.sequence_length`.
+        heads: `model.heads`.
+        qk_norm: `model.qk_norm`.
         allow_noncausal: whether outputs may depend on later tokens, which leak into a language model.
         options: of this attention; those that are missing have their defaults.
 
@@ -127,7 +167,8 @@ def check_attention(
                 f"{_nearest(option, kind.options)}; it takes {', '.join(kind.options) or 'no options'}."
             )
     given = kind.options | options
-    kind.check(**given, **pick_inputs(kind.check, {"sequence_length": sequence_length}))
+    sizes = {"sequence_length": sequence_length, "heads": heads, "qk_norm": qk_norm}
+    kind.check(**given, **pick_inputs(kind.check, sizes))
     if causality_of(name, given) == "C3" and not allow_noncausal:
         said = " and ".join(f"attention.{n}={given[n]!r}" for n, value in kind.noncausal)
         raise ConfigError(
@@ -138,7 +179,12 @@ def check_attention(
 
 
 def make_attention(
-    name: str, options: dict[str, Any], *sizes: int, sequence_length: int, **common: Any
+    name: str,
+    options: dict[str, Any],
+    *sizes: int,
+    sequence_length: int,
+    causal: bool = True,
+    **common: Any,
 ) -> nnx.Module:
     """Builds the module.
 
@@ -147,10 +193,13 @@ def make_attention(
         options: of this attention, checked.
         sizes: width, heads, kv_heads, head_dim.
         sequence_length: `data.sequence_length`, for those that name it.
+        causal: False in a model that may see later tokens; see the top of this file.
         common: `qk_norm`, `rope_base`, `norm_eps`, `out_scale`, `rngs`.
     """
-    module = find_attention(name).module
-    inputs = pick_inputs(module, {"sequence_length": sequence_length})
+    kind = find_attention(name)
+    module, inputs = kind.module, pick_inputs(kind.module, {"sequence_length": sequence_length})
+    if kind.bidirectional:
+        inputs["causal"] = causal
     return module(*sizes, **inputs, **options, **common)
 
 

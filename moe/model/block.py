@@ -7,13 +7,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from moe.model.attention import Attention, RMSNorm
+from moe.model.attention import RMSNorm
+from moe.model.attention_table import make_attention
 from moe.model.attention_types import AttentionOutput
 from moe.model.experts import MLP
 from moe.model.layer import Call, History, SparseMLP
 from moe.model.spec import KINDS, ModelSpec
 from moe.parallel.rules import constrain_batch
+from moe.routing.router import pick_inputs
 from moe.routing.types import LayerReport
+
+ATTENTION_NOISE = 5  # folded into the key of a layer, of which five are split off
 
 
 class Stream(NamedTuple):
@@ -66,15 +70,7 @@ class Block(nnx.Module):
         """One layer; arguments as for `Attention` and `SparseMLP`."""
         keys = (None,) * 5 if key is None else jax.random.split(key, 5)
         x, memory = stream
-        attended = AttentionOutput(
-            *self.attention(
-                self.attention_norm(x),
-                positions,
-                segments,
-                None if cache is None else cache.attention,
-                start,
-            )
-        )
+        attended = self._attend(x, positions, segments, call, key, cache, start)
         x = x + _dropout(attended.output, call.dropout, keys[0])
         reports, history = [], []
         parts = [(self.mlp_norm, self.mlp, keys[1], keys[2])]
@@ -100,13 +96,35 @@ class Block(nnx.Module):
         terms = dict(attended.terms)
         return Layered(Stream(constrain_batch(x), memory), tuple(reports), terms, after)
 
+    def _attend(
+        self,
+        x: Float[Array, "B S D"],
+        positions: Int[Array, "B S"],
+        segments: Int[Array, "B S"],
+        call: Call,
+        key: Shaped[Array, ""] | None,
+        cache: LayerCache | None,
+        start: Int[Array, ""] | None,
+    ) -> AttentionOutput:
+        noise = None
+        if call.training and key is not None:
+            noise = jax.random.fold_in(key, ATTENTION_NOISE)
+        past = None if cache is None else cache.attention
+        named = pick_inputs(type(self.attention).__call__, {"key": noise})
+        x = self.attention_norm(x)
+        return AttentionOutput(*self.attention(x, positions, segments, past, start, **named))
+
 
 def _attention(spec: ModelSpec, rngs: nnx.Rngs) -> nnx.Module:
-    return Attention(
+    return make_attention(
+        spec.attention.name,
+        dict(spec.attention.options),
         spec.width,
         spec.heads,
         spec.kv_heads,
         spec.head_dim,
+        sequence_length=spec.sequence_length,
+        causal=spec.causal,
         qk_norm=spec.qk_norm,
         rope_base=spec.rope_base,
         norm_eps=spec.norm_eps,

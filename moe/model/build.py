@@ -6,8 +6,9 @@ from flax import nnx
 import numpy as np
 
 from moe.config import ConfigDict
+from moe.model.attention_table import check_attention
 from moe.model.layer import RouterSpec
-from moe.model.spec import KINDS, ModelSpec
+from moe.model.spec import KINDS, ModelSpec, Named
 from moe.model.transformer import Transformer
 from moe.routing.table import check_router
 
@@ -34,6 +35,7 @@ def model_spec(
     """
     m: dict[str, Any] = config.model.to_dict()
     m["pattern"] = tuple(m["pattern"])
+    attention = _check_attention(config)
     router = config.router.to_dict()
     if any(KINDS[kind] for kind in m["pattern"]):
         check_router(
@@ -51,7 +53,34 @@ def model_spec(
         ),
         token_counts=None if token_counts is None else tuple(int(c) for c in token_counts),
     )
-    return ModelSpec(vocab_size=vocab_size, router=spec, causal=classes == 0, classes=classes, **m)
+    return ModelSpec(
+        vocab_size=vocab_size,
+        router=spec,
+        attention=attention,
+        sequence_length=config.data.sequence_length,
+        causal=config.task.name == "language",
+        classes=classes,
+        **m,
+    )
+
+
+def _check_attention(config: ConfigDict) -> Named:
+    """The attention that the config describes."""
+    options = config.attention.to_dict()
+    check_attention(
+        sequence_length=config.data.sequence_length,
+        heads=config.model.heads,
+        qk_norm=config.model.qk_norm,
+        allow_noncausal=may_see_ahead(config),
+        **options,
+    )
+    name = options.pop("name")
+    return Named(name, tuple(sorted(options.items())))
+
+
+def may_see_ahead(config: ConfigDict) -> bool:
+    """Whether a token may depend on later ones: a classifier reads whole rows."""
+    return config.allow_noncausal or config.task.name != "language"
 
 
 class ModelSize(NamedTuple):

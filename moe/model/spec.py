@@ -40,6 +40,8 @@ class ModelSpec(NamedTuple):
     remat: str
     dtype: str
     router: RouterSpec
+    attention: Named = Named("full")
+    sequence_length: int = 0  # of training, for attentions that cut it into parts
     causal: bool = True  # whether a position sees earlier ones only
     classes: int = 0  # of a classifier of whole rows; 0 predicts the next token
 

@@ -9,7 +9,8 @@ from jax.ad_checkpoint import checkpoint_policies
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe.model.attention import KeyValues, RMSNorm
+from moe.model import attention_table
+from moe.model.attention import RMSNorm
 from moe.model.block import Block, LayerCache, Stream
 from moe.model.experts import fan_in_init, project
 from moe.model.layer import Call, History, initial_memory, shared_gate
@@ -112,7 +113,7 @@ class Transformer(nnx.Module):
         call = call._replace(
             positions=positions, documents=segments, shared=getattr(self, "shared_gate", None)
         )
-        reports, terms, caches, done = [], {}, [], 0
+        told_of, done = [], 0
         for index, name in enumerate(("first", "blocks")):
             if not hasattr(self, name):
                 continue
@@ -126,13 +127,13 @@ class Transformer(nnx.Module):
                 stack, stream, positions, segments, call._replace(key=key), part, start
             )
             done += count
-            reports += [] if told.reports is None else [told.reports]
-            caches.append(told.cache)
-            terms |= {name: values.mean(axis=0) for name, values in told.terms.items()}
+            told_of.append(told)
         if cache is not None:
+            caches = [told.cache for told in told_of]
             cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
+        reports = [told.reports for told in told_of if told.reports is not None]
         logits = self._logits(stream.x, call)
-        return ModelOutput(logits, reports[0] if reports else None, cache, terms)
+        return ModelOutput(logits, reports[0] if reports else None, cache, _mean_terms(told_of))
 
     def _with_memory(self, stream: Stream, cache: LayerCache | None) -> Stream:
         """What the gate of the first sparse layer remembers; over the whole history where one is kept."""
@@ -205,6 +206,13 @@ class Told(NamedTuple):
     cache: LayerCache | None
 
 
+def _mean_terms(stacks: list[Told]) -> dict[str, Float[Array, "B S"]]:
+    """The mean of each term over all layers that have it."""
+    names = dict.fromkeys(name for told in stacks for name in told.terms)
+    values = {n: [told.terms[n] for told in stacks if n in told.terms] for n in names}
+    return {name: jnp.concatenate(parts).mean(axis=0) for name, parts in values.items()}
+
+
 def _part(cache: LayerCache | None, which: int | slice) -> LayerCache | None:
     return None if cache is None else jax.tree.map(lambda a: a[which], cache)
 
@@ -217,11 +225,16 @@ def _merged(tree):
 def empty_cache(spec: ModelSpec, batch: int, length: int) -> LayerCache:
     """A cache for `length` positions; leading axis layers."""
     dtype = jnp.dtype(spec.dtype)
-    zeros = jnp.zeros((spec.num_layers, batch, length, spec.kv_heads, spec.head_dim), dtype)
+    sizes = {"width": spec.width, "kv_heads": spec.kv_heads, "head_dim": spec.head_dim}
+    options = dict(spec.attention.options)
+    one = attention_table.empty_cache(
+        spec.attention.name, options, batch, length, dtype=dtype, **sizes
+    )
+    attention = jax.tree.map(lambda a: jnp.zeros((spec.num_layers, *a.shape), a.dtype), one)
     history: tuple[History, ...] = ()
     if spec.sparse_layers and spec.router.row.causality == "C1":
         size = 2 if "double" in spec.pattern else 1
         shape = (spec.num_layers, batch, length)
         inputs, tokens = jnp.zeros((*shape, spec.width), dtype), jnp.zeros(shape, jnp.int32)
         history = (History(inputs, tokens),) * size
-    return LayerCache(KeyValues(zeros, zeros), history)
+    return LayerCache(attention, history)

@@ -168,6 +168,12 @@ LOSSES: dict[str, Loss] = {
     "commitment": Loss(
         layer_loss("commitment"), "Roy et al. 2021, arXiv:2003.05997", ("commitment",), gated=False
     ),
+    "head_balance": Loss(
+        layer_loss("head_balance"),
+        "Zhang et al. 2022, arXiv:2210.05144",
+        ("head_balance",),
+        gated=False,
+    ),
 }
 
 

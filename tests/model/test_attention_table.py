@@ -28,6 +28,8 @@ SMALL = {
     "block": {"block": 3, "top_k": 2},
     "kmeans": {"clusters": 2},
     "segment": {"size": "ratio", "ratio": 0.25},
+    "projection_experts": {"experts": 6},
+    "routed_heads": {"top_k": 1, "shared_heads": 2},
 }
 
 
@@ -149,6 +151,8 @@ def test_top_w_clusters_are_refused_in_a_language_model():
         ("segment", {"segment": 65}, "segment=65"),
         ("segment", {"size": "content"}, "SegmentPool"),
         ("segment", {"size": "ratio", "ratio": 0.7}, "ratio=0.7"),
+        ("projection_experts", {"experts": 2, "top_k": 3}, "k=3 with heads=2"),
+        ("routed_heads", {"top_k": 4}, "shared=1"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(name, options, words):
