@@ -130,6 +130,14 @@ def default_config() -> ConfigDict:
             "mesh": {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1},
             "checkpoint": {"every": 100, "keep_latest": 2, "keep_best": 1},
             "evaluation": {"every": 100, "batches": None},  # None: the whole split
+            # Of routers with a prior over experts; moe/training/prior_update.py.
+            "prior": {
+                "every": 0,  # steps between updates from the router-validation split; 0: never
+                "rate": 0.1,
+                "floor": 0.05,  # share of the uniform prior mixed in
+                "batches": 2,  # of the split, an update
+                "reward": "ablation",
+            },
         }
     ).lock()
 

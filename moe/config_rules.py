@@ -49,17 +49,17 @@ POSITIVE = (
     "steps log_every model.num_layers model.width model.heads model.kv_heads model.head_dim model.mlp_width "
     "model.expert_width model.num_experts router.k data.batch_size data.sequence_length "
     "optimizer.accumulation checkpoint.every checkpoint.keep_latest evaluation.every "
-    "model.rope_base model.norm_eps optimizer.clip_norm optimizer.eps"
+    "model.rope_base model.norm_eps optimizer.clip_norm optimizer.eps prior.batches"
 ).split()
 POSITIVE_OR_NONE = (
     "model.logit_softcap dispatch.capacity_factor dispatch.eval_capacity_factor evaluation.batches"
 ).split()
-BELOW_ONE = "model.dropout optimizer.b1 optimizer.b2".split()
+BELOW_ONE = "model.dropout optimizer.b1 optimizer.b2 prior.floor".split()
 NOT_NEGATIVE = (
     "seed model.shared_experts model.first_dense router.jitter "
     "optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay checkpoint.keep_best "
     "optimizer.final_fraction optimizer.decay_fraction"
-    " model.dropout optimizer.b1 optimizer.b2"
+    " model.dropout optimizer.b1 optimizer.b2 prior.every prior.rate prior.floor"
 ).split()
 BLOCKS = ("dense", "sparse", "double")  # kinds of layers: double has two sparse parts in a row
 ONE_OF = {
@@ -73,6 +73,7 @@ ONE_OF = {
     "dispatch.name": ("grouped", "capacity", "reference"),
     "dispatch.priority": ("token_major", "choice_major", "gate", "batch"),
     "data.tokenizer": ("bytes", "bpe"),
+    "prior.reward": ("ablation",),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
 }
 
