@@ -21,6 +21,7 @@ from moe.config import ConfigDict
 from moe.data import tokenizers
 from moe.evaluation import matrix, tables
 from moe.evaluation.causality import check_generation
+from moe.evaluation.evaluate import best_metric
 from moe.evaluation.generate import check_numbers, generate, until
 from moe.evaluation.record import write_json
 from moe.model.build import model_size
@@ -76,7 +77,9 @@ def main(argv: list[str]) -> int:
     check_numbers(**numbers)
     reuse_buffers()
     distributed.start_from_flags(FLAGS)
-    with Checkpointer(workdir / "checkpoints", read_only=True) as checkpointer:
+    best = best_metric(saved.get("task", {}).get("name", "language"))
+    place = workdir / "checkpoints"
+    with Checkpointer(place, best_metric=best, read_only=True) as checkpointer:
         step = checkpointer.resolve(_step(FLAGS.step))
         tokenizer = tokenizers.from_json(checkpointer.load_meta(step)["tokenizer"])
         run = setup.set_up(config_for(saved, overrides), tokenizer, training=False)

@@ -19,7 +19,7 @@ from moe.data import tokenizers
 from moe.data.batches import TrainBatches
 from moe.data.tokenizers import Tokenizer
 from moe.errors import EXIT_PREEMPTED
-from moe.evaluation.evaluate import quality
+from moe.evaluation.evaluate import best_metric, quality
 from moe.evaluation.record import write_json
 from moe.model.build import model_size
 from moe.parallel import distributed
@@ -67,7 +67,11 @@ def train(config: ConfigDict, workdir: Path) -> int:
 
         # ---- state: restored, or fresh
         checkpointer = stack.enter_context(
-            Checkpointer(workdir / "checkpoints", **config.checkpoint)
+            Checkpointer(
+                workdir / "checkpoints",
+                best_metric=best_metric(config.task.name),
+                **config.checkpoint,
+            )
         )
         batches = run.data.train_batches(*setup.process_block(run.mesh, config.data.batch_size))
         state, start = restore_or_start(run, checkpointer, batches)
@@ -207,17 +211,18 @@ def save(
         "versions": package_versions(),
         "tokenizer": run.data.tokenizer.to_json(),
     }
-    best = None if found is None else {"bits_per_byte": found["metrics"]["bits_per_byte"]}
+    name = best_metric(run.config.task.name)
+    best = None if found is None else {name: found["metrics"][name]}
     checkpointer.save(step, state._asdict(), batches.get_state(), meta, best)
 
 
 def describe(record: dict[str, Any]) -> str:
     """One line of an evaluation."""
     m = record["metrics"]
-    text = (
-        f"{record['split']} at step {record['step']}: {m['bits_per_byte']:.4f} bits per byte, "
-        f"cross-entropy {m['loss/cross_entropy']:.4f}, accuracy {m['accuracy']:.4f}"
-    )
+    text = f"{record['split']} at step {record['step']}: "
+    if "bits_per_byte" in m:
+        text += f"{m['bits_per_byte']:.4f} bits per byte, "
+    text += f"cross-entropy {m['loss/cross_entropy']:.4f}, accuracy {m['accuracy']:.4f}"
     if "routing/max_violation" in m:
         text += f", max violation {m['routing/max_violation']:.2f}"
     if "routing/causal_gap" in m:

@@ -203,14 +203,22 @@ def summarize(sums: EvalSums, domains: tuple[str, ...]) -> Evaluation:
 
 
 def quality(rows: RowSums) -> dict[str, float]:
-    """Cross-entropy, perplexity, bits per byte and accuracy of summed rows."""
+    """Cross-entropy, perplexity, bits per byte and accuracy of summed rows.
+
+    The targets of a classifier stand for no bytes: bits per byte are left out.
+    """
     nll = float(rows.nll)
-    tokens, sizes = max(float(rows.tokens), 1.0), max(float(rows.bytes), 1.0)
+    tokens, sizes = max(float(rows.tokens), 1.0), float(rows.bytes)
     cross_entropy = nll / tokens
-    return {
+    found = {
         "loss/cross_entropy": cross_entropy,
         "perplexity": math.exp(min(cross_entropy, 700.0)),
-        "bits_per_byte": nll / math.log(2) / sizes,
         "accuracy": float(rows.correct) / tokens,
         "tokens": float(rows.tokens),
     }
+    return found | ({"bits_per_byte": nll / math.log(2) / sizes} if sizes > 0 else {})
+
+
+def best_metric(task: str) -> str:
+    """What the best checkpoint of a task has least of."""
+    return "loss/cross_entropy" if task == "classify" else "bits_per_byte"

@@ -41,7 +41,9 @@ def evaluation_table(record: dict[str, Any]) -> str:
     metrics, model = record["metrics"], record["model"]
     quality = [["", *QUALITY, "tokens"]]
     for name, values in [("all", metrics), *record["domains"].items()]:
-        quality.append([name, *(number(values[k]) for k in QUALITY), number(int(values["tokens"]))])
+        quality.append(
+            [name, *(number(values.get(k)) for k in QUALITY), number(int(values["tokens"]))]
+        )
     rest = [[k, number(v)] for k, v in model.items()]
     rest += [[k, number(v)] for k, v in metrics.items() if k.startswith(("speed/", "memory/"))]
     routing = [
