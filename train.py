@@ -17,6 +17,7 @@ from moe import cli, setup
 from moe.config import ConfigDict
 from moe.data import tokenizers
 from moe.data.batches import TrainBatches
+from moe.data.router_valid import ROUTER_VALID
 from moe.data.tokenizers import Tokenizer
 from moe.errors import EXIT_PREEMPTED
 from moe.evaluation.evaluate import best_metric, quality
@@ -87,6 +88,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
         recorder.rewind(start)
         progress = Progress(config.steps, start, visible=primary)
         stack.callback(progress.close)
+        for note in setup.notes(config):
+            progress.message(f"note: {note}")
 
         # ---- loop
         out = Outputs(workdir, checkpointer, recorder, progress, interruption, primary)
@@ -113,6 +116,7 @@ def loop(run: Run, state: TrainState, start: int, batches: TrainBatches, out: Ou
     started = time.perf_counter()
     train_step = setup.compile_train_step(run, state)
     eval_step = setup.compile_eval_step(run, state.params, state.router)
+    prior_update = setup.compile_prior_update(run, state)
     out.progress.message(f"compiled in {time.perf_counter() - started:.1f} s")
     size = model_size(run.spec, config.data.sequence_length)
     put, key, hyper = setup.to_device(run.mesh), setup.root_key(config.seed, 1), setup.hyper(run)
@@ -123,6 +127,10 @@ def loop(run: Run, state: TrainState, start: int, batches: TrainBatches, out: Ou
             batch = put(next(batches))
         state, told = train_step(state, batch, key, hyper)
         last = step == config.steps
+        if prior_update is not None and prior_update.due(step):
+            router, judged = prior_update(step, state.params, state.router)
+            state = state._replace(router=router)
+            out.recorder.write(step, ROUTER_VALID, judged)
         if step % config.log_every == 0 or last:
             values = train_values(told)  # waits for the step
             values |= clock.lap(config.data.batch_size)

@@ -17,6 +17,7 @@ import optax
 from moe.axes import BATCH_AXES, EXPERT
 from moe.config import ConfigDict, require
 from moe.data.batches import TextData, make_data
+from moe.data.router_valid import ROUTER_VALID
 from moe.data.tokenizers import Tokenizer
 from moe.data.types import Batch
 from moe.dispatch.table import check as check_experts
@@ -33,13 +34,23 @@ from moe.model.spec import KINDS, ModelSpec
 from moe.parallel.mesh import batch_shards, make_mesh
 from moe.parallel.rules import BATCH_SPEC
 from moe.routing.loss_table import LOSSES, active_losses
-from moe.routing.router import pick_options
+from moe.routing.router import parameters_of, pick_options
 from moe.routing.table import ROUTERS, check_causal
 from moe.training import optimizer as optimizer_lib
 from moe.training import throughput
+from moe.training.prior_update import (
+    PriorUpdate,
+    make_ablation_step,
+    routers_with_prior,
+    update_prior,
+)
 from moe.training.state import Skeleton, TrainState, make_skeleton, state_shardings
 from moe.training.step import Hyper, Plan, TrainStep, train_step
 
+BALANCES = (
+    *("balance", "sequence_balance", "importance", "load", "device_balance"),
+    *("mutual_information", "simbal", "group_balance", "relu_balance"),
+)  # losses that spread choices over experts
 VOCABULARY_CELLS = 1 << 22  # layers x experts x token ids that an evaluation counts visits of
 
 
@@ -83,8 +94,11 @@ def set_up(
         check_experts(config.model.num_experts, mesh.shape[EXPERT])
         if not config.allow_noncausal and config.task.name == "language":
             check_causal(config.router.name)
+    if training:
+        _check_prior(config)
     if data is None:
-        data = make_data(config.data, seed=config.seed, tokenizer=tokenizer)
+        carved = config.prior.every > 0
+        data = make_data(config.data, seed=config.seed, tokenizer=tokenizer, router_valid=carved)
         _check_same_data(data.fingerprint)
     spec = model_spec(
         config,
@@ -101,6 +115,36 @@ def set_up(
     run = Run(config, mesh, data, spec, skeleton, transformation, shardings, token_bytes)
     dispatch_for(run, training=training)  # an unknown name shows here
     return run
+
+
+def _check_prior(config: ConfigDict) -> None:
+    name = config.router.name
+    sparse = any(KINDS[kind] for kind in config.model.pattern)
+    require(
+        not config.prior.every or (sparse and name in routers_with_prior()),
+        f"prior.every={config.prior.every} with "
+        + (f"router.name={name!r}: this router has no prior" if sparse else "a dense model")
+        + " to update. Set prior.every=0, or router.name to one of "
+        f"{', '.join(routers_with_prior())}.",
+    )
+
+
+def notes(config: ConfigDict) -> list[str]:
+    """Settings that work and are seldom meant, a sentence each."""
+    found, losses = [], config.losses
+    update = ROUTERS[config.router.name].update_state
+    balanced = any(losses[name] > 0 for name in BALANCES) or "counts" in parameters_of(update)
+    if losses.entropy > 0 and not balanced:
+        found.append(
+            f"losses.entropy={losses.entropy} sharpens every token's choice and nothing spreads choices "
+            f"over experts: routing may collapse. Give a weight to one of {', '.join(BALANCES)}."
+        )
+    if not config.prior.every and config.router.name in routers_with_prior():
+        found.append(
+            f"prior.every=0: the prior of router.name={config.router.name!r} stays uniform. Set "
+            "prior.every to update it from the router-validation split."
+        )
+    return found
 
 
 def _check_same_data(fingerprint: str) -> None:
@@ -155,6 +199,35 @@ def compile_eval_step(run: Run, params: PyTree, router: PyTree) -> EvalStep:
     """The evaluation step, compiled for these parameters."""
     key = root_key(run.config.seed, 2)
     return jit_eval_step(run).lower(params, router, abstract_batch(run), key).compile()
+
+
+def compile_prior_update(run: Run, state: TrainState) -> PriorUpdate | None:
+    """The update of the router's prior, compiled; None where the config asks for none."""
+    prior = run.config.prior
+    if not prior.every:
+        return None
+    step = make_ablation_step(
+        run.spec, run.skeleton, dispatch_for(run, training=False), run.token_bytes
+    )
+    everywhere = NamedSharding(run.mesh, PartitionSpec())
+    batch = NamedSharding(run.mesh, BATCH_SPEC)
+    key = root_key(run.config.seed, 3)
+    ablate = jax.jit(
+        step,
+        in_shardings=(run.shardings.params, run.shardings.router, batch, everywhere),
+        out_shardings=everywhere,
+    )
+    put, block = to_device(run.mesh), process_block(run.mesh, run.config.data.batch_size)
+    return PriorUpdate(
+        ablate=ablate.lower(state.params, state.router, abstract_batch(run), key).compile(),
+        apply=jax.jit(partial(update_prior, run.spec), out_shardings=run.shardings.router),
+        batch=lambda number: put(run.data.eval_batch(ROUTER_VALID, number, *block)),
+        key=key,
+        every=prior.every,
+        batches=prior.batches,
+        rate=prior.rate,
+        floor=prior.floor,
+    )
 
 
 def abstract_batch(run: Run) -> Batch:
@@ -257,7 +330,7 @@ def to_device(mesh: Mesh) -> Callable[[Batch], Batch]:
 
 
 def root_key(seed: int, purpose: int) -> Any:
-    """Key of one purpose: 0 parameters, 1 training noise, 2 evaluation."""
+    """Key of one purpose: 0 parameters, 1 training noise, 2 evaluation, 3 updates of a prior."""
     return jax.random.fold_in(jax.random.key(seed), purpose)
 
 
