@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.routing.gates import LinearGate, jittered
+from moe.routing.gates import LinearGate, jittered, project
 from moe.routing.table import ROUTERS
 from tests.routing.cases import CASES
 
@@ -24,6 +24,17 @@ def test_logits_are_the_float32_product_whatever_the_type_of_the_tokens(gate, dt
     expected = np.asarray(x, np.float64) @ np.asarray(gate.kernel[...], np.float64)
     assert gate(x).logits.dtype == jnp.float32
     np.testing.assert_allclose(gate(x).logits, expected, atol=1e-6)
+
+
+def test_the_flat_product_and_its_gradients_are_those_of_the_product_with_rows_apart(gate):
+    def rows_apart(x, kernel):
+        return jnp.einsum("bsd,de->bse", x, kernel, precision="highest")
+
+    x, kernel = tokens(), gate.kernel[...]
+    (one, pull_one), (two, pull_two) = (jax.vjp(f, x, kernel) for f in (project, rows_apart))
+    cotangent = jnp.cos(one)
+    for a, b in zip((one, *pull_one(cotangent)), (two, *pull_two(cotangent)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_kernel_gives_logits_of_unit_scale():
