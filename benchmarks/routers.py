@@ -4,22 +4,23 @@
 
 The decision is the gate, the choice, the report, the losses and the metrics of a training step, forward and
 backward, with the settings of the router's preset (`configs/routers.py`); K is the preset's where the
-method fixes it. Three compiled functions run in turn, and all figures are of medians, as ratios, because
-absolute times move with whatever else the machine does:
+method fixes it, and a method without a fixed K has room for 4 K choices a token. The share is
 
-* whole: the layer with the router, outputs, losses and metrics, and gradients of everything;
-* planned: the same experts behind the same dispatch, fed the plan that the router made, with
-  gradients of experts, tokens and gates;
-* decision: from tokens to plan, losses and metrics, and back from the plan's gradient.
+    median time of the decision by itself / median time of the layer with it
 
-`alone` is decision / whole: the small time is measured by itself, so that noise of the experts stays
-out of it. It is the stricter figure, because nothing of the decision hides behind the experts, and the one
-that bounds are about. `added` is 1 - planned / whole: what a layer would save if choices
-were free. It shows what the decision by itself cannot, such as another layout or a lost fusion in
-the dispatch, and is off by the noise of two large times.
+where the layer makes its output, losses and metrics, and gradients of everything; the decision goes from
+tokens to plan, losses and metrics, and back from the gradient of the plan's gates to the router's
+parameters and the tokens. Both are compiled and run in turn, since absolute times move with whatever
+else the machine does. That nothing of the decision overlaps with or fuses into the experts makes this share
+the stricter one.
+
+`--added` also measures the layer with that plan given in advance, and prints 1 - planned / whole: what the
+layer would save if choices were free. It shows what the decision by itself cannot, such as another
+layout or a lost fusion in the dispatch, but is the difference of two large times and no more exact than they
+are: tens of percent on a busy machine.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 import statistics
@@ -46,13 +47,23 @@ from moe.routing import metrics
 from moe.routing.loss_table import Active, active_losses, compute
 from moe.routing.report import layer_report
 from moe.routing.table import ROUTERS, check_router, find_router
-from moe.routing.types import Choices, LayerReport, Plan, Slots
+from moe.routing.types import Choices, LayerReport, Slots
 
 SHAPE = flags.DEFINE_list("shape", ["A", "C"], "which of the shapes to measure")
 NAMES = flags.DEFINE_list("routers", None, "which routers; all of the table if not given")
+ADDED = flags.DEFINE_bool("added", False, "also measure the layer with a plan given in advance")
 REPEATS = flags.DEFINE_integer("repeats", 5, "timed runs of each side", lower_bound=5)
 
 ROWS, VOCAB = 8, 512  # sequences of a batch; token ids, for tables
+
+Values = dict[str, Any]  # what the sides work on, by name
+
+# What each side has gradients of.
+DIFFERENTIATED = {
+    "whole": ("experts", "router", "x"),
+    "planned": ("experts", "x", "gates"),
+    "decision": ("router", "x"),
+}
 
 
 class Shape(NamedTuple):
@@ -77,14 +88,6 @@ class Setting(NamedTuple):
     jitter: float | None
 
 
-class Inputs(NamedTuple):
-    """What one layer is given."""
-
-    x: Array  # [B S D]
-    tokens: Array  # [B S]
-    key: Array
-
-
 def fit(name: str, shape: Shape) -> Setting:
     """The preset of a router at a shape.
 
@@ -97,13 +100,14 @@ def fit(name: str, shape: Shape) -> Setting:
     options = {n: v for n, v in router.items() if n not in ("name", "k", "jitter")}
     if router["k"] == 1 and "normalize" in ROUTERS[name].options:
         options["normalize"] = "none"  # a single gate divided by itself would teach nothing
-    facts = {"sequence_length": length, "batch_size": ROWS}
+    if "k_max" in ROUTERS[name].options:
+        options["k_max"] = min(shape.E, 4 * router["k"])
+    facts: dict[str, Any] = {"sequence_length": length, "batch_size": ROWS}
     check_router(name, shape.E, k=router["k"], **facts, **options)
-    options = tuple((ROUTERS[name].options | options).items())
     active = active_losses(losses, learned=ROUTERS[name].learned)
     active = tuple(loss for loss in active if loss.name != "consistency")  # of two whole passes
     return Setting(
-        RouterSpec(name, router["k"], options, token_counts=(1,) * VOCAB),
+        RouterSpec(name, router["k"], tuple(options.items()), token_counts=(1,) * VOCAB),
         active,
         {loss.name: losses[loss.name] for loss in active},
         router["jitter"] or None,
@@ -129,44 +133,45 @@ class Layer(nnx.Module):
         )
         self.shared = shared_gate(setting.spec, shape.D, shape.E, rngs)
 
-    def call(self, inputs: Inputs) -> Call:
+    def call(self, given: Values) -> Call:
         """As in a training step, one document a row."""
         return Call(
-            inputs.tokens,
-            jnp.ones(inputs.tokens.shape, bool),
+            given["tokens"],
+            jnp.ones(given["tokens"].shape, bool),
             make_dispatch("grouped", None),
             jitter=self.setting.jitter,
-            key=inputs.key,
+            key=given["key"],
             training=True,
             shared=self.shared,
         )
 
-    def memory(self, inputs: Inputs) -> Any:
+    def memory(self, given: Values) -> Any:
         """What the gate of a first layer remembers."""
-        return initial_memory(self.setting.spec, *inputs.tokens.shape, self.mlp.num_experts)
+        return initial_memory(self.setting.spec, *given["tokens"].shape, self.mlp.num_experts)
 
-    def whole(self, inputs: Inputs, weights: dict[str, Array]) -> tuple[Any, Any]:
+    def whole(self, given: Values) -> tuple[Any, Any]:
         """`(output, loss)` and what is logged."""
-        done = self.mlp(inputs.x, self.call(inputs), inputs.key, self.memory(inputs))
-        loss, logged = self.judge(done.report, weights)
+        done = self.mlp(given["x"], self.call(given), given["key"], self.memory(given))
+        loss, logged = self.judge(done.report, given["weights"])
         return (done.output, loss), logged
 
-    def decision(self, inputs: Inputs, weights: dict[str, Array]) -> tuple[Any, Any]:
+    def decision(self, given: Values) -> tuple[Any, Any]:
         """`(gates, loss)`, and the rest of the plan with what is logged."""
-        call = self.call(inputs)
-        routing, _ = self.mlp.route(inputs.x, call, inputs.key, self.memory(inputs))
+        call = self.call(given)
+        routing, _ = self.mlp.route(given["x"], call, given["key"], self.memory(given))
         plan = routing.plan  # of which the dropless dispatch keeps every choice
         kept = plan.valid if isinstance(plan, Choices | Slots) else jnp.ones((), bool)
-        loss, logged = self.judge(layer_report(routing, kept, call.valid), weights)
+        loss, logged = self.judge(layer_report(routing, kept, call.valid), given["weights"])
         gates, places = split_plan(plan)
         return (gates, loss), (places, logged)
 
-    def planned(self, inputs: Inputs, gates: Plan, places: Plan) -> tuple[Any, Any]:
+    def planned(self, given: Values) -> tuple[Any, Any]:
         """The output under a plan that is given."""
-        params = self.mlp.experts.params(inputs.x.dtype)
+        params = self.mlp.experts.params(given["x"].dtype)
         experts = partial(feed_forward, activation=self.mlp.activation)
-        plan = type(gates)(*(a if b is None else b for a, b in zip(gates, places, strict=True)))
-        return make_dispatch("grouped", None)(inputs.x, plan, params, experts).output, None
+        fields = zip(given["gates"], given["places"], strict=True)
+        plan = type(given["gates"])(*(a if b is None else b for a, b in fields))
+        return make_dispatch("grouped", None)(given["x"], plan, params, experts).output, None
 
     def judge(self, report: LayerReport, weights: dict[str, Array]) -> tuple[Array, metrics.Totals]:
         """The weighted losses of a report, and its metrics, as the training step makes them."""
@@ -186,59 +191,62 @@ class Layer(nnx.Module):
         return total, metrics.totals(stacked)
 
 
-def split_plan(plan: Plan) -> tuple[Plan, Plan]:
-    """The fields that carry a gradient, and the others; None in place of the rest."""
-    carries = [jnp.issubdtype(a.dtype, jnp.floating) for a in plan]
-    kinds = (carries, [not c for c in carries])
-    both = (type(plan)(*(a if c else None for a, c in zip(plan, k, strict=True))) for k in kinds)
-    return tuple(both)
+def split_plan(plan: Any) -> tuple[Any, Any]:
+    """The fields of a plan that carry a gradient, and the others; None in place of the rest."""
+    carries = [jnp.issubdtype(field.dtype, jnp.floating) for field in plan]
+    gates = (field if c else None for field, c in zip(plan, carries, strict=True))
+    places = (None if c else field for field, c in zip(plan, carries, strict=True))
+    return type(plan)(*gates), type(plan)(*places)
 
 
-def make_sides(setting: Setting, shape: Shape) -> dict[str, tuple[Callable, tuple]]:
+def make_sides(
+    setting: Setting, shape: Shape, which: Sequence[str]
+) -> dict[str, tuple[Callable, tuple]]:
     """`{side: (compiled function, arguments)}`, forward and backward each."""
-    graph, params, rest = nnx.split(Layer(setting, shape), nnx.Param, ...)
-    inputs, cotangent = draw(shape)
+    graph, experts, router, rest = nnx.split(Layer(setting, shape), of_experts, nnx.Param, ...)
+    x, tokens, key, cotangent = draw(shape)
     weights = {n: jnp.float32(w) for n, w in setting.weights.items()}  # traced, as in a step
+    given: Values = {"experts": experts, "router": router, "rest": rest, "weights": weights}
+    given |= {"x": x, "tokens": tokens, "key": key}
 
-    def forward(method: Callable, given: tuple, others: tuple) -> Any:
-        params, x, *more = given
-        rest, inputs, *fixed = others
-        return method(nnx.merge(graph, params, rest), inputs._replace(x=x), *more, *fixed)
+    def forward(side: str, wrt: Values, others: Values) -> Any:
+        given = wrt | others
+        layer = nnx.merge(graph, given["experts"], given["router"], given["rest"])
+        return getattr(layer, side)(given)
 
-    def both(method: Callable) -> Callable:
-        def run(given: tuple, others: tuple, cotangents: Any) -> Any:
-            run = partial(forward, method, others=others)
-            out, pull, told = jax.vjp(run, given, has_aux=True)
-            return out, told, pull(cotangents)
+    def both(side: str, wrt: Values, others: Values, cotangents: Any) -> Any:
+        out, pull, told = jax.vjp(partial(forward, side, others=others), wrt, has_aux=True)
+        return out, told, pull(cotangents)
 
-        return run
-
-    base, others = (params, inputs.x), (rest, inputs, weights)
-    decide = jax.jit(partial(forward, Layer.decision))
-    (gates, loss), (places, _) = decide(base, others)
-    one = jnp.ones_like(loss)
-    arguments = {
-        "whole": (base, others, (cotangent, one)),
-        "planned": ((*base, gates), (rest, inputs, places), cotangent),
-        "decision": (base, others, (jax.tree.map(jnp.cos, gates), one)),
-    }
-    return {
-        side: (jax.jit(both(getattr(Layer, side))).lower(*given).compile(), given)
-        for side, given in arguments.items()
-    }
+    (gates, loss), (places, _) = jax.jit(partial(forward, "decision"))({}, given)
+    given |= {"gates": gates, "places": places}
+    one, by_gates = jnp.ones_like(loss), jax.tree.map(jnp.cos, gates)
+    cotangents = {"whole": (cotangent, one), "planned": cotangent, "decision": (by_gates, one)}
+    sides = {}
+    for side in which:
+        names = DIFFERENTIATED[side]
+        wrt = {n: given[n] for n in names}
+        arguments = wrt, {n: v for n, v in given.items() if n not in names}, cotangents[side]
+        sides[side] = jax.jit(partial(both, side)).lower(*arguments).compile(), arguments
+    return sides
 
 
-def draw(shape: Shape) -> tuple[Inputs, Array]:
-    """Normal tokens with ids that know nothing of them, and a cotangent of the output."""
+def of_experts(path: tuple, value: Any) -> bool:
+    """Picks the experts' parameters: the decision by itself makes no gradient of them, not even 0."""
+    return path[:2] == ("mlp", "experts") and isinstance(value, nnx.Param)
+
+
+def draw(shape: Shape) -> tuple[Array, Array, Array, Array]:
+    """Normal tokens, ids that know nothing of them, a key, and a cotangent of the output."""
     keys = jax.random.split(jax.random.key(1), 4)
     size = (ROWS, shape.T // ROWS)
     x, cotangent = (jax.random.normal(key, (*size, shape.D)) for key in keys[:2])
-    return Inputs(x, jax.random.randint(keys[2], size, 0, VOCAB), keys[3]), cotangent
+    return x, jax.random.randint(keys[2], size, 0, VOCAB), keys[3], cotangent
 
 
-def measure(setting: Setting, shape: Shape, repeats: int) -> dict[str, float]:
-    """Median seconds of each side."""
-    runs = make_sides(setting, shape)
+def measure(setting: Setting, shape: Shape, which: Sequence[str], repeats: int) -> dict[str, float]:
+    """Median seconds of each side, by name."""
+    runs = make_sides(setting, shape, which)
     times: dict[str, list[float]] = {side: [] for side in runs}
     for _ in range(repeats + 1):
         for side, (function, arguments) in runs.items():
@@ -248,24 +256,31 @@ def measure(setting: Setting, shape: Shape, repeats: int) -> dict[str, float]:
     return {side: statistics.median(taken[1:]) for side, taken in times.items()}
 
 
+def line(name: str, shape: Shape) -> str:
+    """What is printed of a router at a shape."""
+    try:
+        setting = fit(name, shape)
+    except ConfigError as error:
+        return f"{name:<22} cannot: {error}"
+    which = tuple(DIFFERENTIATED) if ADDED.value else ("whole", "decision")
+    took = measure(setting, shape, which, REPEATS.value)
+    text = f"{name:<22}{setting.spec.k:>2}{took['decision'] / took['whole']:>8.1%}"
+    if ADDED.value:
+        text += f"{1 - took['planned'] / took['whole']:>8.1%}"
+    return text
+
+
 def main(_: list[str]) -> None:
     """Prints a line for each router and shape."""
     reuse_buffers()
+    names = NAMES.value or list(ROUTERS)
+    for name in names:
+        find_router(name)
     for letter in SHAPE.value:
-        shape = TABLE[letter]
-        print(
-            f"{letter} (T, D, F, E, K) = {tuple(shape)}\nrouter                 K   alone   added"
-        )
-        for name in NAMES.value or ROUTERS:
-            find_router(name)
-            try:
-                setting = fit(name, shape)
-            except ConfigError as error:
-                print(f"{name:<22} cannot: {error}", flush=True)
-                continue
-            took = measure(setting, shape, REPEATS.value)
-            alone, added = took["decision"] / took["whole"], 1 - took["planned"] / took["whole"]
-            print(f"{name:<22}{setting.spec.k:>2}{alone:>8.1%}{added:>8.1%}", flush=True)
+        print(f"{letter}: (T, D, F, E, K) = {tuple(TABLE[letter])}")
+        print(f"{'router':<22} K   share" + ("   added" if ADDED.value else ""))
+        for name in names:
+            print(line(name, TABLE[letter]), flush=True)
 
 
 if __name__ == "__main__":
