@@ -51,7 +51,7 @@ def load_sweep(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Sweep:
     Raises:
         ConfigError: a missing file, an unknown key, or a space that cannot be searched.
     """
-    given = _read(path)
+    given = read_file(path, DEFAULTS, ("overrides", "space"))
     file = Path(path.partition(":")[0])
     space = {key: _distribution(key, leaf) for key, leaf in given["space"].items()}
     if not space:
@@ -70,7 +70,7 @@ def load_sweep(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Sweep:
         sampler=_one_of("sampler", given["sampler"], SAMPLERS),
         points=_count_points(given, space),
         pruner=_one_of("pruner", given["pruner"], PRUNERS),
-        seeds=_seeds(given["seeds"]),
+        seeds=check_seeds(given["seeds"]),
         metric=str(given["metric"]),
         split=str(given["split"]),
         direction=_one_of("direction", given["direction"], DIRECTIONS),
@@ -80,7 +80,17 @@ def load_sweep(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Sweep:
     )
 
 
-def _read(path: str) -> dict[str, Any]:
+def read_file(path: str, defaults: Mapping[str, Any], dicts: Sequence[str]) -> dict[str, Any]:
+    """What `get_config()` of a file returns, with defaults for the keys that it leaves out.
+
+    Args:
+        path: a Python file, or `file.py:argument`.
+        defaults: every key that there is.
+        dicts: keys that hold a dict.
+
+    Raises:
+        ConfigError: no such file or function, or a key that there is not.
+    """
     file, _, argument = path.partition(":")
     if not Path(file).is_file():
         raise ConfigError(f"--config={path}: there is no file {file!r}.")
@@ -90,24 +100,26 @@ def _read(path: str) -> dict[str, Any]:
     config = get_config(argument) if argument else get_config()
     if not isinstance(config, ml_collections.ConfigDict | Mapping):
         raise ConfigError(f"--config={path}: get_config() returned no ConfigDict.")
-    return _with_defaults(path, dict(config.items()))
+    return _with_defaults(path, dict(config.items()), defaults, dicts)
 
 
-def _with_defaults(path: str, given: dict[str, Any]) -> dict[str, Any]:
+def _with_defaults(
+    path: str, given: dict[str, Any], defaults: Mapping[str, Any], dicts: Sequence[str]
+) -> dict[str, Any]:
     for key in given:
-        if key not in DEFAULTS:
+        if key not in defaults:
             raise ConfigError(
-                f"{path}: a sweep has no key {key!r}; {config_lib.nearest(key, DEFAULTS)}."
+                f"{path}: a sweep has no key {key!r}; {config_lib.nearest(key, defaults)}."
             )
-    for key in ("overrides", "space"):
+    for key in dicts:
         if key in given and not isinstance(given[key], Mapping):
             raise ConfigError(
-                f"{path}: {key} is {given[key]!r}; it must be a dict from dotted config keys, which "
-                "ConfigDict(convert_dict=False) keeps as they are."
+                f"{path}: {key} is {given[key]!r}; it must be a dict, which "
+                "ConfigDict(convert_dict=False) keeps as it is, dots in its keys too."
             )
     if not isinstance(given.get("base"), str):
         raise ConfigError(f"{path}: base={given.get('base')!r} must be the path of a config file.")
-    return copy.deepcopy(DEFAULTS) | given
+    return copy.deepcopy(dict(defaults)) | given
 
 
 def _distribution(key: str, leaf: Any) -> BaseDistribution:
@@ -237,7 +249,8 @@ def _count_points(given: Mapping[str, Any], space: Mapping[str, BaseDistribution
     return trials
 
 
-def _seeds(seeds: Any) -> tuple[int, ...]:
+def check_seeds(seeds: Any) -> tuple[int, ...]:
+    """Different whole numbers, none below 0; raises ConfigError for anything else."""
     if (
         not isinstance(seeds, list | tuple)
         or not seeds

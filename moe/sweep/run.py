@@ -56,13 +56,15 @@ def run_sweep(
         ConfigError: before anything is started.
     """
     workdir = Path(workdir).absolute()
-    _check(workdir, workers)
+    check_place(workdir, workers)
     workdir.mkdir(exist_ok=True)
     address = storage or study_lib.default_storage(workdir)
     study = study_lib.open_study(sweep, address)
     stop = Stop().listen()
     job = Job(sweep, workdir, address, list(command), poll)
-    processes = [start_worker(job._replace(cores=_share(n, workers))) for n in range(workers)]
+    processes = [
+        start_worker(job._replace(cores=share_of_cores(n, workers))) for n in range(workers)
+    ]
     _watch(study, sweep, processes, stop, announce, poll)
     rows = table.rows(study, sweep)
     (workdir / "results.csv").write_text(table.to_csv(rows, sweep), encoding="utf-8")
@@ -70,7 +72,8 @@ def run_sweep(
     return Outcome(rows, _exit_code(study, rows, stop))
 
 
-def _check(workdir: Path, workers: int) -> None:
+def check_place(workdir: Path, workers: int) -> None:
+    """Raises ConfigError unless so many workers can write there."""
     if workers < 1:
         raise ConfigError(f"--workers={workers} must be at least 1.")
     where = workdir if workdir.exists() else workdir.parent
@@ -82,7 +85,7 @@ def _check(workdir: Path, workers: int) -> None:
         )
 
 
-def _share(index: int, workers: int) -> list[int]:
+def share_of_cores(index: int, workers: int) -> list[int]:
     """The processors of one of several workers; empty where it may use all."""
     if workers == 1 or not hasattr(os, "sched_getaffinity"):
         return []

@@ -253,7 +253,7 @@ def _run_seed(
         if stop.requested:
             return Result(None)
         if code != EXIT_PREEMPTED:
-            return Result(TrialState.FAIL, error=f"seed {seed}: {_failure(code, log)}")
+            return Result(TrialState.FAIL, error=f"seed {seed}: {failure_text(code, log)}")
         idle = idle + 1 if curve.position() == before else 0
     return Result(
         TrialState.FAIL,
@@ -297,7 +297,7 @@ def _run_process(
             curve.update()
             pruned = prune is not None and prune.is_hopeless(curve.points)
     finally:
-        code = _terminate(process)
+        code = terminate(process)
     curve.update()
     if prune is not None and not pruned:
         prune.is_hopeless(
@@ -306,7 +306,7 @@ def _run_process(
     return code, pruned and code != 0
 
 
-def _terminate(process: subprocess.Popen[bytes]) -> int:
+def terminate(process: subprocess.Popen[bytes]) -> int:
     """Asks a process to save and stop, waits, and kills it if it does not."""
     if process.poll() is None:
         process.terminate()
@@ -333,7 +333,7 @@ def _final(curve: Curve, sweep: Sweep) -> Result:
     return Result(TrialState.COMPLETE, value)
 
 
-def _failure(code: int, log: Path) -> str:
+def failure_text(code: int, log: Path) -> str:
     """The exit code and the end of the output, where an entry point writes its message."""
     text = log.read_bytes().decode("utf-8", errors="replace").strip()[-LOG_TAIL:]
     if code < 0:

@@ -1,0 +1,105 @@
+"""Every router on the same model, text, seeds and active FLOPs, beside dense models.
+
+    python3 scripts/compare_routers.py --config=configs/sweeps/routers.py --workdir=runs/routers --workers=2
+    python3 scripts/compare_routers.py --config=configs/sweeps/routers.py:classify --workdir=runs/classify
+
+The first trains every preset of configs/routers.py that suits a causal language model: routers that are
+C0 or C1, and those C3 whose evaluation form is causal, which train with `allow_noncausal` and report the
+causal gap. Arms train on the domain `code` alone; `prose`, which none of them has seen, gives the
+out-of-domain loss. The second names the domain of every row, on all domains, with all C3 routers and
+four references.
+
+`ARMS` takes what is no preset, name -> (argument of configs/comparison.py, overrides).
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from moe.config import import_beside
+from moe.routing.table import ROUTERS
+
+presets = import_beside(str(Path(__file__).parent), "routers.py")
+
+# Left out: text has no modalities, so that these are top-k with fewer experts.
+NO_MODALITIES = ("modality_pools", "limoe")
+
+GROUPS = {
+    "softmax top-k": "switch gshard noisy_topk vmoe topk olmoe mixtral qwen3",
+    "biased or limited": "deepseek_v2 deepseek_v3 quantile",
+    "variable k": "top_p dynmoe remoe relu dselect_k bernoulli",
+    "other gates": "cosine query_key expert_attention product_key residual recurrent prior",
+    "assignment": "expert_choice base sinkhorn",
+    "fixed": "hash hash_balanced bigram_hash position position_weighted",
+    "random": "random thor smoe_dropout gumbel gumbel_sampled reinforce random_path"
+    " random_path_sampled noisy_weights",
+    "soft": "soft_moe smear lory",
+    "two levels": "two_level balanced_groups",
+    "segments": "segment segment_self document_pool document_pool_whole",
+}
+GROUP_OF = {name: group for group, names in GROUPS.items() for name in names.split()}
+
+DENSE: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("dense", {}),  # equal active FLOPs
+    "dense_total": ("dense_total", {}),  # equal total parameters
+}
+# Of language models: what is no preset.
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    # Two routing layers in a block, each with half of the compute.
+    "double": ("router=topk", {"model.pattern": ("double",), "model.expert_width": 16}),
+}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Arms of the language model, or with `classify` those of the classifier."""
+    config = ConfigDict(convert_dict=False)  # the keys of overrides have dots
+    config.base = "configs/comparison.py"
+    config.reference = "dense"
+    config.seeds = (0, 1, 2)
+    if arg == "classify":
+        config.name = "Routers that read whole rows"
+        config.arms = _with_groups({f"{n}": _classify(n) for n in _classifiers()})
+    else:
+        config.name = "Routers in a causal language model"
+        config.arms = _with_groups({**DENSE, **_language(), **ARMS})
+        config.in_domain, config.out_of_domain = "code", "prose"
+    return config
+
+
+def _language() -> dict[str, tuple[str, dict[str, Any]]]:
+    arms, seen = {}, []
+    for name in presets.PRESETS:
+        sections = presets.get(name)
+        row = ROUTERS[sections["router"]["name"]]
+        if name in NO_MODALITIES or sections in seen:
+            continue
+        if row.causality == "C3" and not row.causal_in_eval:
+            continue
+        seen.append(sections)
+        arms[name] = (f"router={name}", {"allow_noncausal": True} if row.causality == "C3" else {})
+    return arms
+
+
+def _classifiers() -> list[str]:
+    noncausal = [
+        name
+        for name in presets.PRESETS
+        if ROUTERS[presets.get(name)["router"]["name"]].causality == "C3"
+    ]
+    return ["dense", "dense_total", "topk", "random", *noncausal]
+
+
+def _classify(name: str) -> tuple[str, dict[str, Any]]:
+    argument = name if name in DENSE else f"router={name}"
+    return f"{argument},classify", {}
+
+
+def _with_groups(arms: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    def group(name: str) -> str:
+        return "dense" if name in DENSE else GROUP_OF.get(name, "other")
+
+    return {
+        name: {"argument": argument, "overrides": overrides, "group": group(name)}
+        for name, (argument, overrides) in arms.items()
+    }
