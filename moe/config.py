@@ -27,7 +27,16 @@ def default_config() -> ConfigDict:
             "steps": 400,  # optimiser steps
             "log_every": 10,  # steps between lines of metrics.jsonl
             "allow_noncausal": False,  # settings through which a token can see later ones
-            "task": {"name": "language"},  # or classify: the domain of every row
+            "task": {
+                "name": "language",  # or classify: the domain of every row
+                "pool": "mean",  # of a classifier: or segment, learned weights over parts of the row
+                # Of pool=segment, see moe/model/segment_pooling.py:
+                "size": "ratio",  # or fixed, learned, content
+                "segment": 64,  # tokens a segment, of size=fixed
+                "ratio": 1 / 3,  # of the row, of size=ratio
+                "mixture": "dense",  # or straight_through, of size=learned
+                "summary": "mean",  # or last: token of a segment
+            },
             "model": {
                 "num_layers": 4,
                 "width": 128,
@@ -36,10 +45,19 @@ def default_config() -> ConfigDict:
                 "head_dim": 32,
                 "mlp_width": 384,  # hidden width of dense layers
                 "expert_width": 192,  # hidden width of one expert
-                "num_experts": 8,
+                "num_experts": 8,  # feed-forward ones
+                # Others that the router chooses from, beside them (moe/model/mixed_experts.py):
+                "conv_experts": 0,
+                "zero_experts": 0,
+                "copy_experts": 0,
+                "constant_experts": 0,
+                "conv_kernel": 3,  # positions that a conv expert sees
                 "shared_experts": 0,
-                "pattern": ("sparse",),  # repeated until num_layers
+                "pattern": (
+                    "sparse",
+                ),  # repeated until num_layers: moe/model/spec.py has the kinds
                 "first_dense": 0,  # dense layers before the pattern starts
+                "depth_capacity": 0.125,  # share of the tokens that go through a depth layer
                 "activation": "swiglu",  # or gelu
                 "qk_norm": "none",  # or head, full
                 "tie_embeddings": False,
@@ -52,6 +70,22 @@ def default_config() -> ConfigDict:
             },
             "router": {"name": "topk", "k": 2, "jitter": 0.0},
             "attention": {"name": "full"},  # moe/model/attention_table.py
+            # Layers left out and jumps from earlier ones, in training: moe/model/paths.py.
+            "paths": {
+                "survival": 1.0,  # probability that the last layer runs
+                "schedule": "linear",  # or constant: over layers
+                "scope": "batch",  # or sequence: what one draw is for
+                "rescale": True,  # divides by the probability, or not (LayerDrop)
+                "jump": 0.0,  # probability of each jump
+                "jump_mode": "bernoulli",  # or single
+                "jump_temperature": 1.0,  # of single
+            },
+            # On parameters, in training: moe/routing/weight_noise.py.
+            "weight_noise": {
+                "target": "none",
+                "mode": "relative",
+                "scale": 0.1,
+            },  # or gate, experts
             "dispatch": {
                 "name": "grouped",  # or capacity, reference
                 "capacity_factor": 1.25,  # training; None is dropless

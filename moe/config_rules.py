@@ -49,7 +49,7 @@ POSITIVE = (
     "steps log_every model.num_layers model.width model.heads model.kv_heads model.head_dim model.mlp_width "
     "model.expert_width model.num_experts router.k data.batch_size data.sequence_length "
     "optimizer.accumulation checkpoint.every checkpoint.keep_latest evaluation.every "
-    "model.rope_base model.norm_eps optimizer.clip_norm optimizer.eps prior.batches"
+    "model.conv_kernel model.rope_base model.norm_eps optimizer.clip_norm optimizer.eps prior.batches"
 ).split()
 POSITIVE_OR_NONE = (
     "model.logit_softcap dispatch.capacity_factor dispatch.eval_capacity_factor evaluation.batches"
@@ -57,11 +57,13 @@ POSITIVE_OR_NONE = (
 BELOW_ONE = "model.dropout optimizer.b1 optimizer.b2 prior.floor".split()
 NOT_NEGATIVE = (
     "seed model.shared_experts model.first_dense router.jitter "
+    "model.conv_experts model.zero_experts model.copy_experts model.constant_experts "
     "optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay checkpoint.keep_best "
     "optimizer.final_fraction optimizer.decay_fraction"
     " model.dropout optimizer.b1 optimizer.b2 prior.every prior.rate prior.floor"
 ).split()
-BLOCKS = ("dense", "sparse", "double")  # kinds of layers: double has two sparse parts in a row
+# Kinds of layers: double has two sparse parts in a row; only some tokens go through those of depth.
+BLOCKS = ("dense", "sparse", "double", "depth", "depth_sparse")
 ONE_OF = {
     "model.activation": ("swiglu", "gelu"),
     "model.qk_norm": ("none", "head", "full"),

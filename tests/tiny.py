@@ -74,12 +74,17 @@ def model(*overrides: str, dispatch: Any = reference) -> Model:
     """The model of a config; compiled once for all tests that ask for the same one."""
     spec = model_spec(config(*overrides), VOCAB)
     skeleton = make_skeleton(spec)
+    return Model(spec, skeleton, *numbers(skeleton), run_of(skeleton, dispatch))
+
+
+def run_of(skeleton: Skeleton, dispatch: Any) -> Any:
+    """The jitted `Model.forward`."""
 
     def forward(params: dict, router: dict, batch: Batch, fields: dict) -> ModelOutput:
         call = Call(batch.tokens, batch.valid, dispatch, **fields)
         return bind(skeleton, params, router)(batch.positions, batch.segments, call)
 
-    return Model(spec, skeleton, *numbers(skeleton), jax.jit(forward))
+    return jax.jit(forward)
 
 
 def batch(lengths: Sequence[Sequence[int]] = ((16,), (7, 6), (11,)), seed: int = 0) -> Batch:

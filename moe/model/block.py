@@ -10,9 +10,11 @@ from jaxtyping import Array, Float, Int, Shaped
 from moe.model.attention import RMSNorm
 from moe.model.attention_table import make_attention
 from moe.model.attention_types import AttentionOutput
+from moe.model.depth import Delta, MixtureOfDepths
 from moe.model.experts import MLP
 from moe.model.layer import Call, History, SparseMLP
-from moe.model.spec import KINDS, ModelSpec
+from moe.model.paths import JumpIn
+from moe.model.spec import DEPTH, KINDS, ModelSpec
 from moe.parallel.rules import constrain_batch
 from moe.routing.router import pick_inputs
 from moe.routing.types import LayerReport
@@ -25,6 +27,7 @@ class Stream(NamedTuple):
 
     x: Float[Array, "B S D"]
     memory: Any = None  # of the gates: recurrence over depth
+    earlier: Any = None  # inputs of layers so far [N B S D], where layers jump
 
 
 class LayerCache(NamedTuple):
@@ -47,8 +50,12 @@ class Block(nnx.Module):
     """Pre-normalised attention and feed-forward, each with its residual."""
 
     def __init__(self, spec: ModelSpec, kind: str, *, rngs: nnx.Rngs):
-        """`kind` is one of `KINDS`: "double" has two sparse layers, one after the other."""
-        self.kind, self.lookback = kind, KINDS[kind] > 0 and spec.router.row.causality == "C1"
+        """`kind` is one of `KINDS`.
+
+        "double" has two sparse layers, one after the other; through "depth" (dense) and "depth_sparse"
+        go only some of the tokens.
+        """
+        self.kind, self.lookback = kind, KINDS[kind] > 0 and spec.looks_back
         self.attention_norm = RMSNorm(spec.width, spec.norm_eps)
         self.attention = _attention(spec, rngs)
         self.mlp_norm = RMSNorm(spec.width, spec.norm_eps)
@@ -56,6 +63,11 @@ class Block(nnx.Module):
         if kind == "double":
             self.second_norm = RMSNorm(spec.width, spec.norm_eps)
             self.second = _sparse(spec, rngs)
+        if kind in DEPTH:
+            self.depth = MixtureOfDepths(spec.width, spec.depth_capacity, rngs=rngs)
+            self.causal = spec.causal
+        if spec.paths.jump > 0:
+            self.jump = JumpIn(spec.num_layers, spec.paths.jump_mode)
 
     def __call__(
         self,
@@ -68,8 +80,44 @@ class Block(nnx.Module):
         start: Int[Array, ""] | None,
     ) -> Layered:
         """One layer; arguments as for `Attention` and `SparseMLP`."""
+        if not hasattr(self, "depth"):
+            return self._through(stream, positions, segments, call, key, cache, start)
+
+        def change(x, positions, segments, call, key, cache, start, memory) -> Delta:
+            done = self._through(Stream(x, memory), positions, segments, call, key, cache, start)
+            told = (done.reports, done.terms, done.cache, done.stream.memory)
+            return Delta(done.stream.x - x, *told)
+
+        # A model that must be causal decides by the predictor wherever nothing is learned.
+        passed = self.depth(
+            change,
+            stream.x,
+            positions,
+            segments,
+            call,
+            key,
+            cache,
+            start,
+            stream.memory,
+            causal=self.causal and not call.training,
+        )
+        terms = {**passed.terms, "predictor": passed.depth.bce}
+        after = Stream(constrain_batch(passed.output), passed.memory)
+        return Layered(after, passed.reports, terms, passed.cache)
+
+    def _through(
+        self,
+        stream: Stream,
+        positions: Int[Array, "B S"],
+        segments: Int[Array, "B S"],
+        call: Call,
+        key: Shaped[Array, ""] | None,
+        cache: LayerCache | None,
+        start: Int[Array, ""] | None,
+    ) -> Layered:
+        """Attention and feed-forward for all of these tokens."""
         keys = (None,) * 5 if key is None else jax.random.split(key, 5)
-        x, memory = stream
+        x, memory = stream.x, stream.memory
         attended = self._attend(x, positions, segments, call, key, cache, start)
         x = x + _dropout(attended.output, call.dropout, keys[0])
         reports, history = [], []
@@ -147,6 +195,9 @@ def _sparse(spec: ModelSpec, rngs: nnx.Rngs) -> SparseMLP:
         vocab_size=spec.vocab_size,
         activation=spec.activation,
         out_scale=out_scale(spec),
+        kinds=spec.expert_kinds,
+        conv_kernel=spec.conv_kernel,
+        noise=spec.weight_noise,
         rngs=rngs,
     )
 

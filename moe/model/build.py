@@ -5,10 +5,16 @@ from typing import Any, NamedTuple
 from flax import nnx
 import numpy as np
 
-from moe.config import ConfigDict
-from moe.model.attention_table import check_attention
+from moe.config import ConfigDict, require
+from moe.model import head
+from moe.model.attention_table import check_attention, find_attention
+from moe.model.depth import check as check_depth
 from moe.model.layer import RouterSpec
-from moe.model.spec import KINDS, ModelSpec, Named
+from moe.model.mixed_experts import Kinds
+from moe.model.noise import WeightNoise
+from moe.model.noise import check as check_noise
+from moe.model.paths import check as check_paths
+from moe.model.spec import DEPTH, KINDS, ModelSpec, Named, Paths
 from moe.model.transformer import Transformer
 from moe.routing.table import check_router
 
@@ -36,10 +42,13 @@ def model_spec(
     m: dict[str, Any] = config.model.to_dict()
     m["pattern"] = tuple(m["pattern"])
     attention = _check_attention(config)
+    task, paths = config.task.to_dict(), Paths(**config.paths)
+    head.check(task)
+    check_paths(**paths._asdict())
     router = config.router.to_dict()
     if any(KINDS[kind] for kind in m["pattern"]):
         check_router(
-            num_experts=m["num_experts"],
+            num_experts=sum(m[f"{kind}_experts"] for kind in ("num", *Kinds._fields)),
             training=training,
             sequence_length=config.data.sequence_length,
             batch_size=config.data.batch_size,
@@ -53,14 +62,69 @@ def model_spec(
         ),
         token_counts=None if token_counts is None else tuple(int(c) for c in token_counts),
     )
-    return ModelSpec(
+    made = ModelSpec(
         vocab_size=vocab_size,
         router=spec,
         attention=attention,
         sequence_length=config.data.sequence_length,
-        causal=config.task.name == "language",
+        causal=task["name"] == "language",
         classes=classes,
+        pool=Named(task["pool"], tuple(sorted(head.pool_options(task).items()))),
+        paths=paths,
+        weight_noise=WeightNoise(**config.weight_noise),
         **m,
+    )
+    check_noise(**config.weight_noise, learned=spec.row.learned, sparse=made.sparse_layers > 0)
+    _check_kinds(made)
+    _check_depth(made, may_see_ahead=may_see_ahead(config))
+    return made
+
+
+def _check_kinds(spec: ModelSpec) -> None:
+    """Experts beside the stacked ones need a router that lets tokens choose, and layers to be in."""
+    if not sum(spec.expert_kinds):
+        return
+    said = ", ".join(
+        f"model.{kind}_experts={count}"
+        for kind, count in spec.expert_kinds._asdict().items()
+        if count
+    )
+    require(
+        spec.sparse_layers > 0,
+        f"{said} in a model without sparse layers: set it to 0, or model.pattern with sparse layers.",
+    )
+    require(
+        spec.router.row.plan == "choices",
+        f"{said} with router.name={spec.router.name!r}, whose plan is {spec.router.row.plan}: experts of "
+        "other kinds are for routers by which each token chooses its experts. Choose such a router (topk, "
+        "deepseek_v3, ...), or set it to 0.",
+    )
+
+
+def _check_depth(spec: ModelSpec, *, may_see_ahead: bool) -> None:
+    """Layers that some tokens pass by: what sees ahead, and what needs all tokens."""
+    if not spec.has_depth:
+        return
+    check_depth(spec.depth_capacity)
+    require(
+        may_see_ahead,
+        f"model.pattern={spec.pattern} is noncausal in training: which tokens go through a depth layer "
+        "depends on later ones, so a language model sees its future. Set allow_noncausal=True (its "
+        "evaluation form is causal, and with sparse layers the causal gap between the two is reported), or "
+        "another pattern.",
+    )
+    require(
+        find_attention(spec.attention.name).gaps,
+        f"attention.name={spec.attention.name!r} with model.pattern={spec.pattern}: it needs every "
+        "position of the text, and depth layers leave tokens out. Set attention.name='full'.",
+    )
+    require(
+        "depth_sparse" not in spec.pattern
+        or not (spec.looks_back or spec.router.row.causality == "C2"),
+        f"model.pattern={spec.pattern} with router.name={spec.router.name!r} and "
+        f"model.conv_experts={spec.conv_experts}: a router or an expert that reads earlier tokens needs "
+        "all of them, and depth layers leave tokens out. Use 'depth' and 'sparse' layers, or a router "
+        "whose choices are each token's own.",
     )
 
 
@@ -101,11 +165,27 @@ def model_size(spec: ModelSpec, sequence_length: int) -> ModelSize:
     total = active = matrices = 0.0
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         size = float(np.prod(variable.get_value().shape))
-        share = spec.router.k / spec.num_experts if "experts" in path else 1.0
+        share = _share(spec, path)
         total += size
-        active += size * share
+        chosen = spec.router.k / spec.all_experts if "mixed" in path else 1.0  # run for all tokens
+        active += size * share * chosen
         is_lookup = path[-1] == "embedding" and not spec.tie_embeddings
-        if len(variable.get_metadata().get("axes", ())) >= 2 and not is_lookup:
+        is_matrix = len(variable.get_metadata().get("axes", ())) >= 2
+        if is_matrix and not is_lookup and "sigmas" not in path:
             matrices += size * share
-    attention = 2 * spec.num_layers * spec.heads * spec.head_dim * (sequence_length + 1) / 2
+    # Of the tokens that go through a depth layer, each meets the same share of keys.
+    depth = spec.depth_capacity**2 - 1
+    layers = spec.num_layers + depth * spec.repeats * sum(k in DEPTH for k in spec.pattern)
+    attention = 2 * layers * spec.heads * spec.head_dim * (sequence_length + 1) / 2
     return ModelSize(round(total), round(active), 2.0 * (matrices + attention))
+
+
+def _share(spec: ModelSpec, path: tuple) -> float:
+    """The share of tokens that meet a parameter, if experts are chosen evenly."""
+    share = 1.0
+    if "experts" in path or "noisy_experts" in path:
+        share = spec.router.k / spec.all_experts
+    if path[0] == "blocks" and "depth" not in path:
+        kind = spec.pattern[int(path[1].removeprefix("layer"))]
+        share *= spec.depth_capacity if kind in DEPTH else 1.0
+    return share

@@ -11,13 +11,17 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 import numpy as np
 
 from moe.dispatch.types import Dispatch, Dispatched
-from moe.model.experts import MLP, Experts, feed_forward
+from moe.model.experts import MLP, ExpertParams, Experts, feed_forward
+from moe.model.mixed_experts import Kinds, MixedExperts, share_zero_gates, split_choices
+from moe.model.noise import Noisy, WeightNoise
 from moe.routing.gates import Gated, jittered
 from moe.routing.report import layer_report
 from moe.routing.router import Router, pick_inputs, pick_options
 from moe.routing.selection import ROUTING_NAME
 from moe.routing.table import ROUTERS
 from moe.routing.types import Choices, LayerReport, Routing
+
+WEIGHTS = 2  # folded into a key for noise on weights; 0 and 1 are noise of the decision
 
 
 class RouterState(nnx.Variable):
@@ -83,7 +87,10 @@ class History(NamedTuple):
 
 
 class SparseMLP(nnx.Module):
-    """`E` experts behind a router, and optional shared experts that every token visits."""
+    """`E` experts behind a router, and optional shared experts that every token visits.
+
+    The first `N` experts are stacked feed-forward ones; those of other kinds follow (`mixed_experts`).
+    """
 
     def __init__(
         self,
@@ -96,14 +103,20 @@ class SparseMLP(nnx.Module):
         vocab_size: int,
         activation: str,
         out_scale: float,
+        kinds: Kinds = Kinds(),  # noqa: B008 - a constant
+        conv_kernel: int = 3,
+        noise: WeightNoise = WeightNoise(),  # noqa: B008 - a constant
         rngs: nnx.Rngs,
     ):
-        """`shared_experts` of the same width are kept as one dense MLP with gate 1 (DeepSeekMoE)."""
+        """`num_experts` is `N`, `kinds` says how many others there are.
+
+        `shared_experts` of the same width are kept as one dense MLP with gate 1 (DeepSeekMoE).
+        """
         row = spec.row
         self.spec, self.activation = spec, activation
+        self.num_ffn, self.num_experts = num_experts, num_experts + sum(kinds)
         if row.gate is not None:
-            self.gate = row.gate(width, num_experts, rngs=rngs, **_gate_options(spec))
-        self.num_experts = num_experts
+            self.gate = row.gate(width, self.num_experts, rngs=rngs, **_gate_options(spec))
         self.experts = Experts(
             num_experts, width, hidden, activation, out_scale=out_scale, rngs=rngs
         )
@@ -111,10 +124,18 @@ class SparseMLP(nnx.Module):
             self.shared = MLP(
                 width, shared_experts * hidden, activation, out_scale=out_scale, rngs=rngs
             )
+        if sum(kinds):
+            self.mixed = MixedExperts(
+                kinds, width, kernel=conv_kernel, out_scale=out_scale, rngs=rngs
+            )
+        if noise.target == "gate":
+            self.noisy_gate = Noisy(noise, self.gate, stacked=0)
+        elif noise.target == "experts":
+            self.noisy_experts = Noisy(noise, self.experts, stacked=1)
         if row.stateful:
             counts = None if spec.token_counts is None else np.asarray(spec.token_counts)
             facts = {"width": width, "key": rngs.params(), "token_counts": counts}
-            facts |= {"num_experts": num_experts, "vocab_size": vocab_size, "k": spec.k}
+            facts |= {"num_experts": self.num_experts, "vocab_size": vocab_size, "k": spec.k}
             state = row.init_state(
                 **pick_inputs(row.init_state, facts), **spec.picked(row.init_state)
             )
@@ -156,7 +177,10 @@ class SparseMLP(nnx.Module):
         if not (call.training or self.spec.row.needs_key_in_eval):
             inputs["key"] = None
         named = pick_inputs(type(self.gate).__call__, {**inputs, "tokens": x})
-        return self.gate(**named)
+        gate = self.gate
+        if hasattr(self, "noisy_gate"):
+            gate = self.noisy_gate(gate, _noise_key(key, call))
+        return gate(**named)
 
     def __call__(
         self,
@@ -167,7 +191,7 @@ class SparseMLP(nnx.Module):
     ) -> Sparse:
         """Output before the residual, the layer's report, and the memory of its gate."""
         routing, memory = self.route(x, call, key, memory)
-        out = self._dispatch(x, call, routing)
+        out = self._dispatch(x, call, routing, self._expert_params(x, call, key))
         return Sparse(out.output, layer_report(routing, out.kept, call.valid), memory)
 
     def continued(
@@ -179,7 +203,7 @@ class SparseMLP(nnx.Module):
         history: History,
         start: Int[Array, ""],
     ) -> Sparse:
-        """As `__call__`, for routers that look back: routes over all inputs since the first.
+        """As `__call__`, where the router or an expert looks back at the inputs since the first.
 
         Args:
             x: `[B S D]`, the inputs of positions `start` to `start + S - 1`.
@@ -190,6 +214,12 @@ class SparseMLP(nnx.Module):
             start: how many positions it holds.
         """
         history = history.with_part(x, call.tokens, start)
+        params = self._expert_params(x, call, key)
+        if self.spec.row.causality != "C1":
+            routing, memory = self.route(x, call, key, memory)
+            out = self._dispatch(x, call, routing, params, history, start)
+            report = layer_report(routing, out.kept, call.valid)
+            return Sparse(out.output, report, memory, history)
         S, places = x.shape[1], history.tokens.shape
         everywhere = jnp.broadcast_to(jnp.arange(places[1]), places)
         whole = call._replace(
@@ -206,20 +236,62 @@ class SparseMLP(nnx.Module):
 
         if isinstance(routing.plan, Choices):
             routing = jax.tree.map(now, routing)
-            out = self._dispatch(x, call, routing)
+            out = self._dispatch(x, call, routing, params, history, start)
         else:
-            out = self._dispatch(history.inputs.astype(x.dtype), whole, routing)
+            out = self._dispatch(history.inputs.astype(x.dtype), whole, routing, params)
             report = layer_report(routing, out.kept, whole.valid)
             return Sparse(now(out.output), report, memory, history)
         return Sparse(out.output, layer_report(routing, out.kept, call.valid), memory, history)
 
-    def _dispatch(self, x: Float[Array, "B S D"], call: Call, routing: Routing) -> Dispatched:
+    def _expert_params(
+        self, x: Float[Array, "B S D"], call: Call, key: Shaped[Array, ""] | None
+    ) -> ExpertParams:
+        experts = self.experts
+        if hasattr(self, "noisy_experts"):
+            experts = self.noisy_experts(experts, _noise_key(key, call))
+        return experts.params(x.dtype)
+
+    def _dispatch(
+        self,
+        x: Float[Array, "B S D"],
+        call: Call,
+        routing: Routing,
+        params: ExpertParams,
+        history: History | None = None,
+        start: Int[Array, ""] | None = None,
+    ) -> Dispatched:
+        """Runs the experts of a plan; `history` up to `x` is for those that look back, in generation."""
         expert_fn = partial(feed_forward, activation=self.activation)
-        out = call.dispatch(x, routing.plan, self.experts.params(x.dtype), expert_fn)
-        y = out.output.astype(x.dtype)
+        if not hasattr(self, "mixed"):
+            out = call.dispatch(x, routing.plan, params, expert_fn)
+            y = out.output.astype(x.dtype)
+        else:
+            assert isinstance(routing.plan, Choices)
+            plan = share_zero_gates(routing.plan, self.mixed.kinds.numbers(self.num_ffn)["zero"])
+            out = call.dispatch(x, split_choices(plan, self.num_ffn), params, expert_fn)
+            out = out._replace(kept=out.kept | (plan.valid & (plan.expert >= self.num_ffn)))
+            y = out.output.astype(x.dtype) + self._special(x, call, plan, history, start)
         if hasattr(self, "shared"):
             y = y + self.shared(x)
         return out._replace(output=y)
+
+    def _special(
+        self,
+        x: Float[Array, "B S D"],
+        call: Call,
+        plan: Choices,
+        history: History | None,
+        start: Int[Array, ""] | None,
+    ) -> Float[Array, "B S D"]:
+        """What experts of other kinds than feed-forward add."""
+        if history is None:
+            return self.mixed(x, plan, call.documents, call.valid, self.num_ffn)
+        assert start is not None
+        return self.mixed.continued(x, plan, history.inputs, start, self.num_ffn)
+
+
+def _noise_key(key: Shaped[Array, ""] | None, call: Call) -> Shaped[Array, ""] | None:
+    return jax.random.fold_in(key, WEIGHTS) if call.training and key is not None else None
 
 
 def initial_memory(spec: RouterSpec, batch: int, length: int, num_experts: int) -> Any:

@@ -24,7 +24,14 @@ JUMPS = ("bernoulli", "single")
 
 
 def check(
-    *, survival: float, schedule: str, scope: str, jump: str, rate: float, temperature: float
+    *,
+    survival: float,
+    schedule: str,
+    scope: str,
+    jump: float,
+    jump_mode: str,
+    jump_temperature: float,
+    rescale: bool = True,
 ) -> None:
     """Refuses numbers out of range and unknown names.
 
@@ -32,30 +39,37 @@ def check(
         survival: probability that the last layer runs.
         schedule: of `survival_rates`.
         scope: of the draws.
-        jump: mode of `JumpIn`.
-        rate: probability of each jump.
-        temperature: of the choice of a single source.
+        jump: probability of each jump.
+        jump_mode: of `JumpIn`.
+        jump_temperature: of the choice of a single source.
+        rescale: as for `skip`; either will do.
 
     Raises:
         ConfigError: the first that is impossible.
     """
+    del rescale
     if not 0.0 < survival <= 1.0:
         raise ConfigError(
-            f"survival={survival} is not in (0, 1]: it is the probability that a layer runs; 1 runs all."
+            f"paths.survival={survival} is not in (0, 1]: it is the probability that a layer runs; 1 runs "
+            "all."
         )
-    if not 0.0 <= rate <= 1.0:
+    if not 0.0 <= jump <= 1.0:
         raise ConfigError(
-            f"jump rate={rate} is not in [0, 1]: it is the probability of each jump; 0 is none."
+            f"paths.jump={jump} is not in [0, 1]: it is the probability of each jump; 0 is none."
         )
-    if not temperature > 0.0:
-        raise ConfigError(f"jump temperature={temperature} must be positive; 1 is neutral.")
+    if not jump_temperature > 0.0:
+        raise ConfigError(
+            f"paths.jump_temperature={jump_temperature} must be positive; 1 is neutral."
+        )
     for name, value, known in (
-        ("survival schedule", schedule, SCHEDULES),
+        ("schedule", schedule, SCHEDULES),
         ("scope", scope, SCOPES),
-        ("jump", jump, JUMPS),
+        ("jump_mode", jump_mode, JUMPS),
     ):
         if value not in known:
-            raise ConfigError(f"{name}={value!r} is not one of {', '.join(known)}; choose one.")
+            raise ConfigError(
+                f"paths.{name}={value!r} is not one of {', '.join(known)}; choose one."
+            )
 
 
 def survival_rates(layers: int, last: float, schedule: str = "linear") -> Float[np.ndarray, " N"]:

@@ -3,9 +3,12 @@
 from typing import Any, NamedTuple
 
 from moe.model.layer import RouterSpec
+from moe.model.mixed_experts import Kinds
+from moe.model.noise import WeightNoise
 
 # kind of block -> how many sparse layers it holds
-KINDS = {"dense": 0, "sparse": 1, "double": 2}
+KINDS = {"dense": 0, "sparse": 1, "double": 2, "depth": 0, "depth_sparse": 1}
+DEPTH = ("depth", "depth_sparse")  # those that only some tokens go through
 
 
 class Named(NamedTuple):
@@ -13,6 +16,18 @@ class Named(NamedTuple):
 
     name: str
     options: tuple[tuple[str, Any], ...] = ()
+
+
+class Paths(NamedTuple):
+    """The section `paths` of the config: layers left out, and jumps from earlier layers."""
+
+    survival: float = 1.0
+    schedule: str = "linear"
+    scope: str = "batch"
+    rescale: bool = True
+    jump: float = 0.0
+    jump_mode: str = "bernoulli"
+    jump_temperature: float = 1.0
 
 
 class ModelSpec(NamedTuple):
@@ -26,10 +41,16 @@ class ModelSpec(NamedTuple):
     head_dim: int
     mlp_width: int
     expert_width: int
-    num_experts: int
+    num_experts: int  # feed-forward ones, stacked
+    conv_experts: int
+    zero_experts: int
+    copy_experts: int
+    constant_experts: int
+    conv_kernel: int
     shared_experts: int
     pattern: tuple[str, ...]
     first_dense: int
+    depth_capacity: float
     activation: str
     qk_norm: str
     tie_embeddings: bool
@@ -44,6 +65,9 @@ class ModelSpec(NamedTuple):
     sequence_length: int = 0  # of training, for attentions that cut it into parts
     causal: bool = True  # whether a position sees earlier ones only
     classes: int = 0  # of a classifier of whole rows; 0 predicts the next token
+    pool: Named = Named("mean")  # how a classifier makes one vector of a row
+    paths: Paths = Paths()
+    weight_noise: WeightNoise = WeightNoise()
 
     @property
     def repeats(self) -> int:
@@ -69,3 +93,34 @@ class ModelSpec(NamedTuple):
     def learns_routing(self) -> bool:
         """Whether there is a gate to lose anything on."""
         return self.sparse_layers > 0 and self.router.row.learned
+
+    @property
+    def expert_kinds(self) -> Kinds:
+        """Experts beside the stacked ones."""
+        return Kinds(self.conv_experts, self.zero_experts, self.copy_experts, self.constant_experts)
+
+    @property
+    def all_experts(self) -> int:
+        """`E`: what the router chooses from."""
+        return self.num_experts + sum(self.expert_kinds)
+
+    @property
+    def free_experts(self) -> tuple[bool, ...]:
+        """Which experts have no network, `[E]`."""
+        computing = self.num_experts + self.conv_experts
+        return (False,) * computing + (True,) * (self.all_experts - computing)
+
+    @property
+    def router_looks_back(self) -> bool:
+        """Whether a choice depends on earlier tokens, which generation must then keep."""
+        return self.router.row.causality == "C1"
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a sparse layer reads inputs of earlier positions, through its router or an expert."""
+        return self.router_looks_back or (self.conv_experts > 0 and self.conv_kernel > 1)
+
+    @property
+    def has_depth(self) -> bool:
+        """Whether tokens pass some layers by (Mixture-of-Depths)."""
+        return any(kind in DEPTH for kind in self.pattern)

@@ -1,7 +1,7 @@
 """Decoder-only Transformer whose feed-forward layers follow a repeating pattern of dense and sparse."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -11,10 +11,13 @@ from jaxtyping import Array, Float, Int
 
 from moe.model import attention_table
 from moe.model.attention import RMSNorm
-from moe.model.block import Block, LayerCache, Stream
+from moe.model.block import Block, LayerCache, Layered, Stream
 from moe.model.experts import fan_in_init, project
+from moe.model.head import make_pool, pool_rows
 from moe.model.layer import Call, History, initial_memory, shared_gate
+from moe.model.paths import empty_history
 from moe.model.spec import ModelSpec
+from moe.model.travel import Run, travel
 from moe.parallel.rules import constrain_batch
 from moe.routing.selection import ROUTING_NAME
 from moe.routing.types import LayerReport
@@ -81,11 +84,14 @@ class Transformer(nnx.Module):
             self.first = _stack(spec, ("dense",), spec.first_dense, rngs)
         if spec.repeats:
             self.blocks = _stack(spec, spec.pattern, spec.repeats, rngs)
-        shared = shared_gate(spec.router, spec.width, spec.num_experts, rngs)
+        shared = shared_gate(spec.router, spec.width, spec.all_experts, rngs)
         if shared is not None and spec.sparse_layers:
             self.shared_gate = shared
         self.norm = RMSNorm(spec.width, spec.norm_eps)
         outputs, letter = (spec.classes, None) if spec.classes else (spec.vocab_size, "V")
+        pool = make_pool(spec, rngs)
+        if pool is not None:
+            self.pool = pool
         if spec.classes or not spec.tie_embeddings:
             self.head = nnx.Param(
                 fan_in_init(spec.width)(rngs.params(), (spec.width, outputs)), axes=("D", letter)
@@ -110,6 +116,8 @@ class Transformer(nnx.Module):
         """
         dtype = jnp.dtype(self.spec.dtype)
         stream = Stream(constrain_batch(self.embedding[...].astype(dtype)[call.tokens]))
+        if self.spec.paths.jump > 0:
+            stream = stream._replace(earlier=empty_history(self.spec.num_layers, stream.x))
         call = call._replace(
             positions=positions, documents=segments, shared=getattr(self, "shared_gate", None)
         )
@@ -124,7 +132,7 @@ class Transformer(nnx.Module):
             if name == "blocks":
                 stream = self._with_memory(stream, cache)
             stream, told = self._scan(
-                stack, stream, positions, segments, call._replace(key=key), part, start
+                stack, stream, positions, segments, call._replace(key=key), part, start, done
             )
             done += count
             told_of.append(told)
@@ -138,10 +146,10 @@ class Transformer(nnx.Module):
     def _with_memory(self, stream: Stream, cache: LayerCache | None) -> Stream:
         """What the gate of the first sparse layer remembers; over the whole history where one is kept."""
         B, S = stream.x.shape[:2]
-        if cache is not None and cache.history:
+        if cache is not None and cache.history and self.spec.router_looks_back:
             S = cache.history[0].tokens.shape[2]
         spec = self.spec
-        return stream._replace(memory=initial_memory(spec.router, B, S, spec.num_experts))
+        return stream._replace(memory=initial_memory(spec.router, B, S, spec.all_experts))
 
     def _scan(
         self,
@@ -152,8 +160,9 @@ class Transformer(nnx.Module):
         call: Call,
         cache: LayerCache | None,
         start: Array | None,
+        first: int,
     ) -> tuple[Stream, "Told"]:
-        """Runs the stacked turns in order; what they tell comes back with a leading layer axis."""
+        """Runs the stacked turns in order, from layer `first`; what they tell gets a leading layer axis."""
         graph, state = nnx.split(stack)
         repeats = jax.tree.leaves(state)[0].shape[0]
         if cache is not None:
@@ -166,7 +175,9 @@ class Transformer(nnx.Module):
                 key = None
                 if call.key is not None:
                     key = jax.random.fold_in(call.key, index * stack.depth + i)
-                done = block(stream, positions, segments, call, key, _part(cache, i), start)
+                run = _layer(block, positions, key, _part(cache, i), start)
+                number, jump = first + index * stack.depth + i, getattr(block, "jump", None)
+                done = travel(self.spec, jump, number, stream, segments, call, key, run)
                 stream = done.stream
                 reports += done.reports
                 caches += [] if done.cache is None else [done.cache]
@@ -183,14 +194,22 @@ class Transformer(nnx.Module):
     def _logits(self, x: Float[Array, "B S D"], call: Call) -> Float[Array, "B *S V"]:
         x = self.norm(x)
         if self.spec.classes:
-            valid = call.valid[..., None]
-            x = jnp.where(valid, x, 0.0).sum(axis=1) / jnp.maximum(valid.sum(axis=1), 1)  # [B D]
+            x = pool_rows(getattr(self, "pool", None), x, call)
             return (x.astype(jnp.float32) @ self.head[...]).astype(jnp.float32)
         kernel = self.embedding[...].T if self.spec.tie_embeddings else self.head[...]
         logits = project(x, kernel).astype(jnp.float32)
         if self.spec.logit_softcap is not None:
             logits = self.spec.logit_softcap * jnp.tanh(logits / self.spec.logit_softcap)
         return logits
+
+
+def _layer(block: Block, positions: Array, key: Array | None, cache: Any, start: Any) -> Run:
+    """The block as `travel` runs it."""
+
+    def run(stream: Stream, segments: Array, call: Call) -> Layered:
+        return block(stream, positions, segments, call, key, cache, start)
+
+    return run
 
 
 def _stacked(parts: list):
@@ -231,8 +250,10 @@ def empty_cache(spec: ModelSpec, batch: int, length: int) -> LayerCache:
         spec.attention.name, options, batch, length, dtype=dtype, **sizes
     )
     attention = jax.tree.map(lambda a: jnp.zeros((spec.num_layers, *a.shape), a.dtype), one)
+    if spec.has_depth:  # passed tokens are keys of nobody
+        attention = attention._replace(segment=jnp.zeros(attention.key.shape[:3], jnp.int32))
     history: tuple[History, ...] = ()
-    if spec.sparse_layers and spec.router.row.causality == "C1":
+    if spec.sparse_layers and spec.looks_back:
         size = 2 if "double" in spec.pattern else 1
         shape = (spec.num_layers, batch, length)
         inputs, tokens = jnp.zeros((*shape, spec.width), dtype), jnp.zeros(shape, jnp.int32)

@@ -10,7 +10,8 @@ import optax
 
 from moe.routing.types import Scalar
 
-NO_DECAY = ("gate",)  # the router's gate: decay would flatten its logits
+# The router's gate: decay would flatten its logits. Sizes of noise, which would fade.
+NO_DECAY = ("gate", "sigmas")
 
 
 class Optimized(NamedTuple):

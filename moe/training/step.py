@@ -224,6 +224,7 @@ def loss_inputs(
         "total_rows": scale.rows,
         "global_counts": scale.counts,
         "k": plan.spec.router.k,
+        "free": jnp.asarray(plan.spec.free_experts),
         "valid": batch.valid,
         "token_cost": jax.lax.stop_gradient(done.nll),
         "layer_terms": done.terms,

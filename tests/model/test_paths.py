@@ -245,9 +245,9 @@ GOOD = {
     "survival": 0.9,
     "schedule": "linear",
     "scope": "batch",
-    "jump": "single",
-    "rate": 0.5,
-    "temperature": 1.0,
+    "jump": 0.5,
+    "jump_mode": "single",
+    "jump_temperature": 1.0,
 }
 
 
@@ -255,11 +255,11 @@ GOOD = {
     ("bad", "message"),
     [
         ({"survival": 0.0}, "survival=0.0"),
-        ({"rate": 1.5}, "jump rate=1.5"),
-        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"jump": 1.5}, "paths.jump=1.5"),
+        ({"jump_temperature": 0.0}, "jump_temperature=0.0"),
         ({"schedule": "cosine"}, "schedule='cosine'"),
         ({"scope": "token"}, "scope='token'"),
-        ({"jump": "all"}, "jump='all'"),
+        ({"jump_mode": "all"}, "jump_mode='all'"),
     ],
 )
 def test_refuses(bad, message):
