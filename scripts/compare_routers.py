@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     outcome = run_arms(
         comparison,
         workdir,
-        command=train_command(comparison, workdir),
+        command=train_command(comparison),
         workers=FLAGS.workers,
         announce=lambda line: print(line, flush=True),
     )
@@ -51,9 +51,9 @@ def main(argv: list[str]) -> int:
     return outcome.exit_code
 
 
-def train_command(comparison: Comparison, workdir: Path) -> list[str]:
+def train_command(comparison: Comparison) -> list[str]:
     """The trainer of an arm, without what differs from arm to arm."""
-    command = [sys.executable, str(TRAIN), f"--cache={workdir / 'cache'}"]
+    command = [sys.executable, str(TRAIN)]
     for flag in ("in_domain", "out_of_domain"):
         value = getattr(comparison, flag)
         if value is not None:

@@ -3,10 +3,11 @@
     python3 scripts/train_seeds.py --config=configs/comparison.py --seeds=0,1,2 --workdir=runs/topk
 
 Runs are in DIR/seed-<n>; each leaves `result.json`. The seeds share what XLA has compiled, through a
-cache on disk (`--cache`). `scripts/compare_routers.py` starts one such process for each arm.
+cache in DIR that goes when all are done. `scripts/compare_routers.py` starts one such process for each arm.
 """
 
 from pathlib import Path
+import shutil
 
 from absl import flags
 import jax
@@ -24,7 +25,6 @@ ROOT = Path(__file__).resolve().parent.parent
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("workdir", None, "Folder of the runs; made if needed.", flag_values=FLAGS)
 flags.DEFINE_list("seeds", ["0"], "Whole numbers.", flag_values=FLAGS)
-flags.DEFINE_string("cache", None, "Folder of compiled programs.", flag_values=FLAGS)
 flags.DEFINE_string("in_domain", None, "Domain of the loss; all text.", flag_values=FLAGS)
 flags.DEFINE_string("out_of_domain", None, "Domain held out; none.", flag_values=FLAGS)
 
@@ -36,12 +36,12 @@ def main(argv: list[str]) -> int:
     cli.require_flags(config=path, workdir=FLAGS.workdir)
     if not all(seed.isdigit() for seed in FLAGS.seeds):
         raise ConfigError(f"--seeds={','.join(FLAGS.seeds)} must be whole numbers: write 0,1,2.")
-    if FLAGS.cache is not None:
-        jax.config.update("jax_compilation_cache_dir", FLAGS.cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     train = import_beside(str(ROOT / "scripts"), "train.py").train
     workdir = Path(FLAGS.workdir)
     workdir.mkdir(exist_ok=True)
+    cache = workdir / "cache"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     for seed in map(int, FLAGS.seeds):
         config = cli.load_config(str(path), [*overrides, ("seed", str(seed))])
         run = workdir / f"seed-{seed}"
@@ -50,6 +50,7 @@ def main(argv: list[str]) -> int:
             return code
         metrics = measure(config, run, (FLAGS.in_domain, FLAGS.out_of_domain))
         write_json(run / RESULT, stored(settings_of(config), seed, metrics))
+    shutil.rmtree(cache, ignore_errors=True)
     return 0
 
 

@@ -346,3 +346,28 @@ def test_drops_are_those_of_late_training():
     assert found["drop_rate"] == pytest.approx(0.15)
     assert (found["load_violation"], found["dead_experts"], found["entropy"]) == (1.5, 2.0, None)
     assert measure.routing({"metrics": {}}, [{}])["drop_rate"] is None
+
+
+@pytest.mark.slow  # trains: 30 s
+def test_a_real_arm_from_command_to_table(tmp_path):
+    file = write_file(
+        tmp_path,
+        base=str(ROOT / "configs" / "comparison.py"),
+        arms={"topk": ("router=topk", {})},
+        reference="topk",
+        seeds=[0, 1],
+        in_domain="code",
+        out_of_domain="prose",
+        overrides={"steps": 4, "checkpoint.every": 2, "log_every": 1, "evaluation.batches": 2},
+    )
+    out = tmp_path / "out"
+    script = [sys.executable, str(ROOT / "scripts" / "compare_routers.py"), f"--config={file}"]
+    subprocess.run([*script, f"--workdir={out}"], check=True, cwd=ROOT, timeout=250)
+    (row,) = csv.DictReader((out / "results.csv").read_text().splitlines())
+    assert (row["arm"], row["state"], row["n"], row["choices"]) == ("topk", "complete", "2", "4.0")
+    assert row["executed_flops"] == row["flops_per_token"], "a router of fixed k, nothing dropped"
+    assert 0.0 < float(row["saturation"]) <= 1.0
+    assert 0.0 < float(row["loss"]) != float(row["out_of_domain"])
+    assert row["seed_0"] != row["seed_1"]
+    assert (out / "report.html").exists()
+    assert not (out / "topk" / "cache").exists()
