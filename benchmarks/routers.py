@@ -55,6 +55,7 @@ ADDED = flags.DEFINE_bool("added", False, "also measure the layer with a plan gi
 REPEATS = flags.DEFINE_integer("repeats", 5, "timed runs of each side", lower_bound=5)
 
 ROWS, VOCAB = 8, 512  # sequences of a batch; token ids, for tables
+WIDEST = 16  # choices a token: every one is a row of 2 F hidden numbers, several times over
 
 Values = dict[str, Any]  # what the sides work on, by name
 
@@ -202,7 +203,11 @@ def split_plan(plan: Any) -> tuple[Any, Any]:
 def make_sides(
     setting: Setting, shape: Shape, which: Sequence[str]
 ) -> dict[str, tuple[Callable, tuple]]:
-    """`{side: (compiled function, arguments)}`, forward and backward each."""
+    """`{side: (compiled function, arguments)}`, forward and backward each.
+
+    Raises:
+        ConfigError: the plan is too wide.
+    """
     graph, experts, router, rest = nnx.split(Layer(setting, shape), of_experts, nnx.Param, ...)
     x, tokens, key, cotangent = draw(shape)
     weights = {n: jnp.float32(w) for n, w in setting.weights.items()}  # traced, as in a step
@@ -219,6 +224,11 @@ def make_sides(
         return out, told, pull(cotangents)
 
     (gates, loss), (places, _) = jax.jit(partial(forward, "decision"))({}, given)
+    if isinstance(gates, Choices) and gates.gate.shape[2] > WIDEST:
+        raise ConfigError(
+            f"a plan of {gates.gate.shape[2]} choices a token, as many times the rows of one expert: at "
+            f"most {WIDEST} fit into the memory that this benchmark is meant for."
+        )
     given |= {"gates": gates, "places": places}
     one, by_gates = jnp.ones_like(loss), jax.tree.map(jnp.cos, gates)
     cotangents = {"whole": (cotangent, one), "planned": cotangent, "decision": (by_gates, one)}
@@ -260,10 +270,10 @@ def line(name: str, shape: Shape) -> str:
     """What is printed of a router at a shape."""
     try:
         setting = fit(name, shape)
+        which = tuple(DIFFERENTIATED) if ADDED.value else ("whole", "decision")
+        took = measure(setting, shape, which, REPEATS.value)
     except ConfigError as error:
         return f"{name:<22} cannot: {error}"
-    which = tuple(DIFFERENTIATED) if ADDED.value else ("whole", "decision")
-    took = measure(setting, shape, which, REPEATS.value)
     text = f"{name:<22}{setting.spec.k:>2}{took['decision'] / took['whole']:>8.1%}"
     if ADDED.value:
         text += f"{1 - took['planned'] / took['whole']:>8.1%}"
