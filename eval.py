@@ -8,21 +8,24 @@ Overrides (`--config.router.k=4`) change how the checkpoint is run. Evaluation d
 `dispatch.capacity_factor`, given here, is the capacity of this evaluation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 import zlib
 
 from absl import flags
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moe import cli, setup
 from moe.config import ConfigDict
 from moe.data import tokenizers
 from moe.evaluation import matrix, tables
 from moe.evaluation.causality import check_generation
+from moe.evaluation.compare import Numbers, compare, make_comparison_step, saturation_metrics
 from moe.evaluation.evaluate import best_metric
 from moe.evaluation.generate import check_numbers, generate, until
+from moe.evaluation.kept_choices import history
 from moe.evaluation.record import write_json
 from moe.model.build import model_size
 from moe.parallel import distributed
@@ -39,6 +42,13 @@ flags.DEFINE_string("step", "latest", "Checkpoint: latest, best or a number.", f
 flags.DEFINE_enum("split", "valid", ["valid", "test"], "Which text.", flag_values=FLAGS)
 flags.DEFINE_string(
     "matrix", None, "Combinations, as key=value,value;key=value,value.", flag_values=FLAGS
+)
+flags.DEFINE_string(
+    "reference_step",
+    None,
+    "Another checkpoint, or `all` that are kept: how much of the later one's routing the earlier one "
+    "did already.",
+    flag_values=FLAGS,
 )
 flags.DEFINE_string("generate", None, "A prompt to continue.", flag_values=FLAGS)
 flags.DEFINE_integer("length", 200, "Tokens to generate.", flag_values=FLAGS)
@@ -85,6 +95,7 @@ def main(argv: list[str]) -> int:
         run = setup.set_up(config_for(saved, overrides), tokenizer, training=False)
         if FLAGS.generate is not None:
             check_generation(run.spec)
+        references = reference_steps(run, FLAGS.reference_step, step, checkpointer)
         runs = [variant(run, saved, overrides, pairs) for pairs in combinations or []]
         with jax.set_mesh(run.mesh):
             checkpoint = restore(run, checkpointer, step)
@@ -93,7 +104,8 @@ def main(argv: list[str]) -> int:
             elif combinations is not None:
                 print_matrix(checkpoint, workdir, combinations, runs)
             else:
-                print_evaluation(checkpoint, workdir, overrides)
+                others = (restore(run, checkpointer, other) for other in references)
+                print_evaluation(checkpoint, workdir, overrides, others)
     return 0
 
 
@@ -103,6 +115,23 @@ def _step(text: str) -> int | str:
     if text not in ("latest", "best"):
         raise cli.ConfigError(f"--step={text} is neither latest, best nor a number.")
     return text
+
+
+def reference_steps(run: Run, text: str | None, step: int, checkpointer: Checkpointer) -> list[int]:
+    """The checkpoints that `--reference_step` names, ascending.
+
+    Raises:
+        ConfigError: a dense model, or another task than an evaluation.
+    """
+    if text is None:
+        return []
+    if not run.spec.sparse_layers:
+        raise cli.ConfigError("--reference_step compares routing, and a dense model has none.")
+    if FLAGS.generate is not None or FLAGS.matrix is not None:
+        raise cli.ConfigError("--reference_step goes with neither --generate nor --matrix.")
+    if text != "all":
+        return [checkpointer.resolve(_step(text))]
+    return [other for other in sorted(checkpointer.all_steps()) if other != step]
 
 
 def config_for(saved: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> ConfigDict:
@@ -185,11 +214,52 @@ def measure(checkpoint: Checkpoint) -> dict[str, Any]:
     return record
 
 
+def against(
+    checkpoint: Checkpoint, others: Iterable[Checkpoint], record: dict[str, Any]
+) -> dict[str, Any]:
+    """How much of the later routing the earlier of two checkpoints does, over the whole split.
+
+    Returns:
+        `routing/saturation` and `routing/churn` against the last of `others`; all of them go to
+        `record["saturation"]`.
+    """
+    run, found = checkpoint.run, {}
+    step = make_comparison_step(
+        run.skeleton, setup.dispatch_for(run, training=False), run.token_bytes
+    )
+    compiled = jax.jit(step, out_shardings=NamedSharding(run.mesh, PartitionSpec()))
+    curve = {"steps": [], "per_layer": []}
+    for other in others:
+        record["saturation"] = curve
+        earlier, later = sorted([checkpoint, other], key=lambda c: c.step)
+        sums = compare(
+            compiled,
+            Numbers(earlier.params, earlier.router),
+            Numbers(later.params, later.router),
+            setup.eval_batches(run, FLAGS.split),
+            setup.root_key(run.config.seed, 2),
+            to_device=setup.to_device(run.mesh),
+            limit=run.config.evaluation.batches,
+        )
+        found = saturation_metrics(sums)
+        curve["steps"].append(other.step)
+        curve["per_layer"].append(found["routing/per_layer/saturation"])
+    return found
+
+
 def print_evaluation(
-    checkpoint: Checkpoint, workdir: Path, overrides: Sequence[tuple[str, str]]
+    checkpoint: Checkpoint,
+    workdir: Path,
+    overrides: Sequence[tuple[str, str]],
+    others: Iterable[Checkpoint],
 ) -> None:
     """Prints the table and writes the JSON; with overrides it goes to a folder of its own."""
     record = measure(checkpoint)
+    if not overrides:  # which could route otherwise than the run did
+        churn, curve = history(workdir, FLAGS.split, checkpoint.step)
+        record["metrics"] |= churn
+        record |= {"saturation": curve} if curve else {}
+    record["metrics"] |= against(checkpoint, others, record)
     name = f"{FLAGS.split}-{checkpoint.step}"
     path = workdir / "eval" / f"{name}.json"
     if overrides:

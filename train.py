@@ -20,7 +20,8 @@ from moe.data.batches import TrainBatches
 from moe.data.router_valid import ROUTER_VALID
 from moe.data.tokenizers import Tokenizer
 from moe.errors import EXIT_PREEMPTED
-from moe.evaluation.evaluate import best_metric, quality
+from moe.evaluation.evaluate import Evaluation, best_metric, quality
+from moe.evaluation.kept_choices import Kept, forget_after, history, keep
 from moe.evaluation.record import write_json
 from moe.model.build import model_size
 from moe.parallel import distributed
@@ -86,6 +87,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
             (workdir / TOKENIZER_FILE).write_text(run.data.tokenizer.to_json())
         recorder = stack.enter_context(Recorder(workdir, primary=primary))
         recorder.rewind(start)
+        if primary:
+            forget_after(workdir, start)
         progress = Progress(config.steps, start, visible=primary)
         stack.callback(progress.close)
         for note in setup.notes(config):
@@ -140,7 +143,7 @@ def loop(run: Run, state: TrainState, start: int, batches: TrainBatches, out: Ou
         found = None
         if step % config.evaluation.every == 0 or last:
             with clock.paused(state):
-                found, _ = setup.evaluate_split(
+                found, evaluation = setup.evaluate_split(
                     run,
                     eval_step,
                     state.params,
@@ -149,7 +152,7 @@ def loop(run: Run, state: TrainState, start: int, batches: TrainBatches, out: Ou
                     step=step,
                     size=size,
                 )
-                leave(found, out)
+                leave(found, evaluation, out, last=last)
         stop = out.interruption.requested(step)
         if out.checkpointer.due(step) or last or stop:
             with clock.paused(state):
@@ -196,9 +199,15 @@ def train_values(told: StepMetrics) -> dict[str, Any]:
     return values if told.totals is None else values | summarize(told.totals)
 
 
-def leave(record: dict[str, Any], out: Outputs) -> None:
-    """Records an evaluation."""
+def leave(record: dict[str, Any], evaluation: Evaluation, out: Outputs, *, last: bool) -> None:
+    """Records an evaluation, with how its choices differ from those of the evaluations before."""
     step, split = record["step"], record["split"]
+    if out.primary and evaluation.choices is not None:
+        experts = len(record["metrics"]["routing/load"][0])
+        keep(out.workdir, split, Kept(step, evaluation.choices, experts))
+        churn, curve = history(out.workdir, split, step)
+        record["metrics"] |= churn
+        record |= {"saturation": curve} if last else {}
     out.recorder.write(step, split, record["metrics"])
     out.progress.message(describe(record))
     if out.primary:

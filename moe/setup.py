@@ -1,6 +1,6 @@
 """What `train.py` and `eval.py` both build from a config, in the order in which mistakes are cheap."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 import hashlib
 import time
@@ -274,7 +274,7 @@ def jit_train_step(run: Run):
 def jit_eval_step(run: Run):
     """The evaluation step with explicit shardings."""
     spec = run.spec
-    cells = spec.sparse_layers * spec.num_experts * spec.vocab_size
+    cells = spec.sparse_layers * spec.all_experts * spec.vocab_size
     step = make_eval_step(
         run.skeleton,
         dispatch_for(run, training=False),
@@ -334,6 +334,11 @@ def root_key(seed: int, purpose: int) -> Any:
     return jax.random.fold_in(jax.random.key(seed), purpose)
 
 
+def eval_batches(run: Run, split: str) -> Iterator[Batch]:
+    """This process's part of every batch of a split."""
+    return run.data.eval_batches(split, *process_block(run.mesh, run.config.data.batch_size))
+
+
 def timed_evaluation(
     run: Run, eval_step: EvalStep, params: Any, router: Any, split: str, *, limit: int | None = None
 ) -> tuple[Evaluation, dict[str, float]]:
@@ -343,7 +348,7 @@ def timed_evaluation(
         eval_step,
         params,
         router,
-        run.data.eval_batches(split, *process_block(run.mesh, run.config.data.batch_size)),
+        eval_batches(run, split),
         root_key(run.config.seed, 2),
         domains=run.data.domains,
         to_device=to_device(run.mesh),
@@ -385,7 +390,7 @@ def evaluate_split(
         split=split,
         domains=run.data.domains,
         tokenizer=run.data.tokenizer,
-        model=cost_record(run.spec, run.skeleton, size, evaluation.metrics, length),
+        model=cost_record(run.spec, run.skeleton, size, evaluation.visits, length),
         causality=causality_record(run.spec),
         speed=speed,
     )

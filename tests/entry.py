@@ -1,11 +1,14 @@
 """Runs the entry points inside the test's own process, as a shell would."""
 
+from collections.abc import Generator
 import contextlib
 import importlib
 import io
 from typing import NamedTuple
 from unittest import mock
 
+import jax
+from jax.experimental.compilation_cache import compilation_cache
 import pytest
 
 from moe import cli
@@ -34,6 +37,23 @@ def run(program: str, *arguments: str) -> Ended:
     ):
         cli.run(module.main)
     return Ended(int(end.value.code or 0), out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def compiled_once(folder) -> Generator[dict[str, str]]:
+    """What one run has compiled the next one loads, child processes too; yields their variables."""
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield {name.upper(): str(value) for name, value in settings.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def tiny_text(folder) -> None:

@@ -123,8 +123,13 @@ def compare(
 
 
 def saturation_metrics(sums: Comparison) -> dict[str, Any]:
-    """`routing/saturation` of the choices against a checkpoint, and `routing/churn`, one less it."""
-    share = analysis.saturation(Overlap(*sums.overlap))
+    """`overlap_metrics` of the first pass against the reference."""
+    return overlap_metrics(Overlap(*sums.overlap))
+
+
+def overlap_metrics(sums: Overlap) -> dict[str, Any]:
+    """`routing/saturation` of choices against a reference, and `routing/churn`, one less it."""
+    share = analysis.saturation(sums)
     return _named({"saturation": share, "churn": 1.0 - share})
 
 

@@ -14,6 +14,7 @@ from moe.data.types import Batch
 from moe.dispatch.types import Dispatch
 from moe.evaluation import routing_sums
 from moe.evaluation.compare import Comparison, causal_metrics, comparison
+from moe.evaluation.kept_choices import kept_rows
 from moe.evaluation.parameter_similarity import similarity_metrics, sparse_layers
 from moe.evaluation.routing_paths import prior_entropy
 from moe.evaluation.routing_sums import RoutingSums
@@ -51,9 +52,13 @@ class Evaluation(NamedTuple):
     domain_load: dict[str, list[list[float]]]
     sample: Sample | None
     tables: dict[str, Any] = {}  # noqa: RUF012 - `routing/<name>`, see `routing_sums.summarize`
+    choices: Int[np.ndarray, "L R S K"] | None = None  # of the first rows; None for a dense model
+    visits: Float[np.ndarray, "L E"] | None = None  # kept choices for each token of the text
 
 
-EvalStep = Callable[[Any, Any, Batch, Key[Array, ""]], tuple[EvalSums, Int[Array, "L S K"] | None]]
+EvalStep = Callable[
+    [Any, Any, Batch, Key[Array, ""]], tuple[EvalSums, Int[Array, "L R S K"] | None]
+]
 
 
 def make_eval_step(
@@ -65,7 +70,7 @@ def make_eval_step(
     vocabulary: bool = False,
     causal_gap: bool = False,
 ) -> EvalStep:
-    """Builds `(params, router state, batch, key) -> (sums, experts of the first row)`; jit it.
+    """Builds `(params, router state, batch, key) -> (sums, experts of the first rows)`; jit it.
 
     `key` is used by routers that draw their choices; no other noise is on in evaluation.
 
@@ -86,7 +91,7 @@ def make_eval_step(
 
     def step(
         params: Any, router: Any, batch: Batch, key: Key[Array, ""]
-    ) -> tuple[EvalSums, Int[Array, "L S K"] | None]:
+    ) -> tuple[EvalSums, Int[Array, "L R S K"] | None]:
         done = run(params, router, batch, key=key)
         report = done.reports
         member = jax.nn.one_hot(batch.domain, domains)  # [B M]
@@ -102,7 +107,7 @@ def make_eval_step(
             causal = comparison(done, run(params, router, batch, key=key, training=True))
         totals = metrics.totals(report)
         sums = EvalSums(by_domain, totals, requested, routing, causal, terms, batch.valid.sum())
-        return sums, report.expert[:, 0]
+        return sums, report.expert[:, : kept_rows(*batch.tokens.shape)]
 
     return step
 
@@ -133,17 +138,18 @@ def evaluate(
     Returns:
         Cross-entropy in nats a token and the rest, over all domains and for each.
     """
-    sums, sample = None, None
+    sums, sample, choices = None, None, None
     for index, local in enumerate(itertools.islice(batches, limit)):
         done, experts = eval_step(params, router, to_device(local), jax.random.fold_in(key, index))
         done = _to_host(done)
         sums = done if sums is None else _add(sums, done)
-        if sample is None and experts is not None:
-            sample = Sample(np.asarray(local.tokens[0]), np.asarray(experts), int(local.domain[0]))
+        if choices is None and experts is not None:
+            choices = np.asarray(experts)
+            sample = Sample(np.asarray(local.tokens[0]), choices[:, 0], int(local.domain[0]))
     assert sums is not None
     found = summarize(sums, domains)
     numbers = similarity_metrics(params) | prior_metrics(router)
-    return found._replace(metrics=found.metrics | numbers, sample=sample)
+    return found._replace(metrics=found.metrics | numbers, sample=sample, choices=choices)
 
 
 def prior_metrics(router: Any) -> dict[str, Any]:
@@ -199,7 +205,8 @@ def summarize(sums: EvalSums, domains: tuple[str, ...]) -> Evaluation:
         for i, name in enumerate(domains):
             if name in by_domain:
                 load[name] = metrics.load(np.asarray(sums.domain_requested)[:, i]).tolist()
-    return Evaluation(values, by_domain, load, None, tables)
+    visits = None if sums.totals is None else np.asarray(sums.totals.kept) / tokens
+    return Evaluation(values, by_domain, load, None, tables, visits=visits)
 
 
 def quality(rows: RowSums) -> dict[str, float]:

@@ -56,8 +56,19 @@ def evaluation_table(record: dict[str, Any]) -> str:
         title += (
             "\nThe router has no causal form: this is not the loss of a model that can generate."
         )
+    if "saturation" in record:
+        routing += _saturation_rows(record)
     parts = [title, align(quality), align(routing) if routing else "", align(rest)]
     return "\n\n".join(part for part in parts if part)
+
+
+def _saturation_rows(record: dict[str, Any]) -> list[list[str]]:
+    curve = record["saturation"]
+    means = [sum(shares) / len(shares) for shares in curve["per_layer"]]
+    return [
+        [f"saturation, step {step} against {record['step']}", number(mean)]
+        for step, mean in zip(curve["steps"], means, strict=True)
+    ]
 
 
 def matrix_table(rows: Sequence[dict[str, Any]]) -> str:

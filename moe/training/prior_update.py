@@ -70,7 +70,7 @@ def make_ablation_step(
         dispatch: how tokens reach experts, as in evaluation.
         token_bytes: bytes that each id stands for.
     """
-    L, E = spec.sparse_layers, spec.num_experts
+    L, E = spec.sparse_layers, spec.all_experts
 
     def step(params: Any, router: Any, batch: Batch, key: Key[Array, ""]) -> Ablations:
         call = Call(batch.tokens, batch.valid, dispatch, key=key)
