@@ -172,7 +172,7 @@ def load_over_layers(load: Series) -> go.Figure:
             }
         ]
     )
-    _integer_axes(fig, "expert", "layer", relative.shape[2], layers)
+    integer_axes(fig, "expert", "layer", relative.shape[2], layers)
     fig.update_yaxes(autorange="reversed")
     return fig
 
@@ -194,8 +194,8 @@ def load_over_steps(load: Series) -> go.Figure:
             hovertemplate="step %{x}, expert %{y}: %{z:.2f} of the balanced share<extra></extra>",
             **_load_colors(top),
         )
-    _menu(fig, [f"layer {layer}" for layer in range(layers)])
-    _integer_axes(fig, "step", "expert", 99, relative.shape[2])
+    menu(fig, [f"layer {layer}" for layer in range(layers)])
+    integer_axes(fig, "step", "expert", 99, relative.shape[2])
     return fig
 
 
@@ -280,7 +280,7 @@ def domain_maps(shares: Mapping[str, Float[np.ndarray, "L E"]], kind: str) -> go
         },
         margin={"t": 40},
     )
-    _integer_axes(fig, None, None, experts, layers)
+    integer_axes(fig, None, None, experts, layers)
     fig.update_xaxes(title="expert", row=rows)
     fig.update_yaxes(title="layer", col=1)
     fig.update_yaxes(autorange="reversed")
@@ -308,7 +308,7 @@ def log_ratio(shares: Float[np.ndarray, "M L E"]) -> Float[np.ndarray, "M L E"]:
         return np.clip(np.log2(ratio), -6.0, 6.0)
 
 
-def _menu(fig: go.Figure, names: Sequence[str]) -> None:
+def menu(fig: go.Figure, names: Sequence[str]) -> None:
     """A drop-down that shows one trace at a time."""
     if len(names) < 2:
         return
@@ -327,7 +327,7 @@ def _menu(fig: go.Figure, names: Sequence[str]) -> None:
     )
 
 
-def _integer_axes(fig: go.Figure, x: str | None, y: str | None, columns: int, rows: int) -> None:
+def integer_axes(fig: go.Figure, x: str | None, y: str | None, columns: int, rows: int) -> None:
     """Titles, and a tick a row or column while there are few."""
     fig.update_xaxes(title=x, showgrid=False, **({"dtick": 1} if columns <= 32 else {}))
     fig.update_yaxes(title=y, showgrid=False, **({"dtick": 1} if rows <= 16 else {}))

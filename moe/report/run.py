@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moe.report import figures, page, summary
+from moe.report import figures, page, specialisation, summary
 from moe.report.records import Record, Run, read_run, series
 
 ROUTING_PLOTS = (
@@ -64,6 +64,7 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
         origin=summary.origin(run.config),
         config_text=json.dumps(run.config, indent=2, ensure_ascii=False, default=str),
         evaluations=summary.evaluation_rows(run),
+        routing=specialisation.numbers(evaluation),
         evaluation=evaluation,
         sections=_sections(run, evaluation),
         sample=summary.sample(evaluation),
@@ -108,6 +109,11 @@ def _sections(run: Run, evaluation: Record) -> list[page.Section]:
             "From the newest evaluation: of all choices that a domain's "
             "tokens made in a layer, the part that each expert took.",
             _domains(evaluation),
+        ),
+        (
+            "How experts specialise",
+            "From the newest evaluation, layer by layer, and how routing settled on the way there.",
+            specialisation.plots(evaluation, held_out.get("valid", [])),
         ),
     )
 

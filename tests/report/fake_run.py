@@ -94,6 +94,26 @@ def train_record(
     return record
 
 
+SPECIALISATION = (
+    *("coactivation", "domain_information", "domain_divergence", "position_information"),
+    *("vocabulary_inputs", "vocabulary_predictions", "router_similarity", "weight_similarity"),
+    *("skip_rate", "choices", "saturation", "churn"),
+)
+
+
+def specialisation(rng: np.random.Generator, layers: int) -> dict:
+    per_layer = {name: rng.random(layers) for name in SPECIALISATION}
+    means = {f"routing/{name}": float(v.mean()) for name, v in per_layer.items()}
+    lists = {f"routing/per_layer/{name}": v.tolist() for name, v in per_layer.items()}
+    return means | lists | {"routing/path_entropy": 5.0, "routing/unique_paths": 640.0}
+
+
+def coactivation(rng: np.random.Generator, layers: int, experts: int) -> list:
+    together = 0.3 * rng.random((layers, experts, experts)).round(4)
+    together[:, np.arange(experts), np.arange(experts)] = 1.0
+    return together.tolist()
+
+
 def write_evaluation(
     workdir: Path, step: int, layers: int, experts: int, domains: tuple[str, ...], k: int = 2
 ) -> None:
@@ -133,6 +153,13 @@ def write_evaluation(
                 for layer in by_character
             ],
         }
+        record["metrics"] = metrics | specialisation(rng, layers)
+        record["tables"] = {"routing/coactivation": coactivation(rng, layers, experts)}
+        record["model"]["flops_executed"] = 6.9e6
+        record["causality"] = {"router": "C0", "causal_form": True}
+        steps = list(range(step // 4, step, step // 4))
+        shares = np.linspace(0.4, 0.9, len(steps))[:, None] * np.ones(layers)
+        record["saturation"] = {"steps": steps, "per_layer": shares.tolist()}
     (workdir / "eval").mkdir(exist_ok=True)
     (workdir / "eval" / f"valid-{step}.json").write_text(json.dumps(record))
 
@@ -163,6 +190,7 @@ def write_run(
                     "bits_per_byte": loss / math.log(2),
                     "accuracy": lines[-1]["accuracy"] - 0.02,
                     "perplexity": math.exp(loss),
+                    **(specialisation(rng, layers) if experts else {}),
                 }
             )
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

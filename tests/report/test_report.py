@@ -6,12 +6,19 @@ import numpy as np
 import pytest
 
 from moe.errors import DataError
-from moe.report import figures, page, write_report
+from moe.report import figures, page, specialisation, write_report
 from moe.report.records import Series, last, read_metrics, series
 from moe.report.summary import expert_colors
 from tests.report.fake_run import write_run
 
-SECTIONS = ("Learning", "Speed", "Load", "Balance and confidence", "Who takes which domain")
+SECTIONS = (
+    *("Learning", "Speed", "Load", "Balance and confidence", "Who takes which domain"),
+    *("How experts specialise", "Routing in numbers"),
+)
+SPECIALISATION = (
+    *("What choices tell", "Vocabulary", "Similarity of experts"),
+    *("Saturation", "Churn", "Co-activation"),
+)
 HOSTILE = "<img src=x onerror=alert(1)>"
 
 
@@ -35,6 +42,8 @@ def test_sparse_page_is_whole_and_self_contained(sparse_page):
     text = own_text(html)
     for section in (*SECTIONS, "Text by expert", "Evaluations", "Config"):
         assert f"<h2>{section}</h2>" in text
+    for plot in SPECIALISATION:
+        assert f"<h3>{plot}</h3>" in text
     assert "default-src 'none'" in text
     assert not re.search(r"""(src|href)\s*=\s*["'](https?:)?//""", text)
     assert "3,412,992" in text  # total parameters
@@ -43,7 +52,7 @@ def test_sparse_page_is_whole_and_self_contained(sparse_page):
 def test_many_experts_fit_the_page(tmp_path):
     domains = ("code", "prose", "web")
     workdir = write_run(tmp_path / "big", layers=24, experts=128, steps=1000, domains=domains)
-    assert write_report(workdir).stat().st_size < 6e6
+    assert write_report(workdir).stat().st_size < 6.5e6
 
 
 def test_everything_from_outside_is_escaped(tmp_path):
@@ -68,8 +77,37 @@ def test_everything_from_outside_is_escaped(tmp_path):
 def test_dense_run_has_no_routing_sections(tmp_path):
     text = own_text(write_report(write_run(tmp_path / "dense", experts=0)).read_text())
     assert "<h2>Learning</h2>" in text
-    for section in ("Load", "Balance and confidence", "Who takes which domain", "Text by expert"):
+    for section in (*SECTIONS[2:], "Text by expert"):
         assert f"<h2>{section}</h2>" not in text
+
+
+def test_routing_in_numbers_says_what_was_promised_and_what_was_executed():
+    evaluation = {
+        "metrics": {"routing/choices": 1.5, "routing/causal_gap": 0.25},
+        "model": {"flops_per_token": 7.2e6, "flops_executed": 6.9e6},
+        "causality": {"router": "C3", "causal_form": False},
+    }
+    found = dict(specialisation.numbers(evaluation))
+    assert found["experts a token"] == "1.5"
+    assert found["causal gap, nats a token"] == "0.25"
+    assert found["FLOPs a token, by the config"] == "7,200,000"
+    assert found["FLOPs a token, executed"] == "6,900,000"
+    assert found["causal form"].startswith("none")
+    assert specialisation.numbers({"metrics": {"accuracy": 0.5}}) == []
+
+
+def test_coactivation_map_has_a_layer_at_a_time_and_no_diagonal():
+    together = np.array([[[1.0, 0.5], [0.25, 1.0]], [[1.0, 0.0], [0.125, 1.0]]])  # [L E E]
+    evaluation = {"tables": {"routing/coactivation": together.tolist()}}
+    fig = specialisation.coactivation_maps(evaluation)
+    assert [trace.visible for trace in fig.data] == [True, False]
+    np.testing.assert_allclose(fig.data[0].z, [[np.nan, 0.5], [0.25, np.nan]])
+    np.testing.assert_allclose(fig.data[1].z, [[np.nan, 0.0], [0.125, np.nan]])
+    assert {trace.zmax for trace in fig.data} == {0.5}
+    alone = {"tables": {"routing/coactivation": [np.eye(4).tolist()]}}
+    assert specialisation.coactivation_maps(alone) is None, "k = 1: nobody meets"
+    many = {"tables": {"routing/coactivation": np.full((40, 128, 128), 0.1)}}
+    assert len(specialisation.coactivation_maps(many).data) == 2
 
 
 def test_one_step_and_nothing_else(tmp_path):
