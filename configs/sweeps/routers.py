@@ -22,8 +22,10 @@ from moe.routing.table import ROUTERS
 
 presets = import_beside(str(Path(__file__).parent), "routers.py")
 
-# Left out: text has no modalities, so that these are top-k with fewer experts.
+# Left out: text has no modalities, so that these are top-k with fewer experts; and presets that are the
+# same function as another arm, with another loss weight or another draw in evaluation.
 NO_MODALITIES = ("modality_pools", "limoe")
+SAME = ("mixtral", "qwen3", "relu", "gumbel_sampled", "random_path_sampled")
 
 GROUPS = {
     "softmax top-k": "switch gshard noisy_topk vmoe topk olmoe mixtral qwen3",
@@ -72,7 +74,7 @@ def _language() -> dict[str, tuple[str, dict[str, Any]]]:
     for name in presets.PRESETS:
         sections = presets.get(name)
         row = ROUTERS[sections["router"]["name"]]
-        if name in NO_MODALITIES or sections in seen:
+        if name in (*NO_MODALITIES, *SAME) or sections in seen:
             continue
         if row.causality == "C3" and not row.causal_in_eval:
             continue
