@@ -165,5 +165,5 @@ def test_who_may_generate_and_who_has_two_forms():
     causality.check_generation(depth)
     assert causality.has_causal_gap(depth)
     assert not causality.has_causal_gap(top_w)
-    with pytest.raises(ConfigError, match="attention.name='kmeans' cannot generate"):
+    with pytest.raises(ConfigError, match=r"attention\.name='kmeans' cannot generate"):
         causality.check_generation(top_w)
