@@ -163,7 +163,11 @@ def default_config() -> ConfigDict:
             },
             "mesh": {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1},
             "checkpoint": {"every": 100, "keep_latest": 2, "keep_best": 1},
-            "evaluation": {"every": 100, "batches": None},  # None: the whole split
+            "evaluation": {
+                "every": 100,
+                "batches": None,  # None: the whole split
+                "passes": 1,  # draws of routers that sample in evaluation, averaged
+            },
             # Of routers with a prior over experts; moe/training/prior_update.py.
             "prior": {
                 "every": 0,  # steps between updates from the router-validation split; 0: never

@@ -48,7 +48,7 @@ def check_numbers(config: ConfigDict) -> None:
 POSITIVE = (
     "steps log_every model.num_layers model.width model.heads model.kv_heads model.head_dim model.mlp_width "
     "model.expert_width model.num_experts router.k data.batch_size data.sequence_length "
-    "optimizer.accumulation checkpoint.every checkpoint.keep_latest evaluation.every "
+    "optimizer.accumulation checkpoint.every checkpoint.keep_latest evaluation.every evaluation.passes "
     "model.conv_kernel model.rope_base model.norm_eps optimizer.clip_norm optimizer.eps prior.batches"
 ).split()
 POSITIVE_OR_NONE = (

@@ -280,6 +280,7 @@ def jit_eval_step(run: Run):
         dispatch_for(run, training=False),
         run.token_bytes,
         len(run.data.domains),
+        passes=run.config.evaluation.passes,
         vocabulary=not spec.classes and cells <= VOCABULARY_CELLS,
         causal_gap=has_causal_gap(spec),
     )

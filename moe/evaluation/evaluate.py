@@ -67,6 +67,7 @@ def make_eval_step(
     token_bytes: Int[Array, " V"],
     domains: int,
     *,
+    passes: int = 1,
     vocabulary: bool = False,
     causal_gap: bool = False,
 ) -> EvalStep:
@@ -79,6 +80,7 @@ def make_eval_step(
         dispatch: how tokens reach experts.
         token_bytes: bytes that each id stands for.
         domains: `M`.
+        passes: draws of the routers whose predictions are averaged, as an ensemble.
         vocabulary: counts the choices of every token id too, `[L V E]` for input and predicted ids;
             of language models only.
         causal_gap: runs the form of training too, for routers whose form of evaluation alone is
@@ -87,7 +89,7 @@ def make_eval_step(
 
     def run(params: Any, router: Any, batch: Batch, **how: Any) -> Forward:
         call = Call(batch.tokens, batch.valid, dispatch, **how)
-        return forward(skeleton, params, router, batch, call, token_bytes)
+        return forward(skeleton, params, router, batch, call, token_bytes, passes)
 
     def step(
         params: Any, router: Any, batch: Batch, key: Key[Array, ""]

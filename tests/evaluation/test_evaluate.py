@@ -143,3 +143,16 @@ def test_quality_of_nothing_is_finite():
     values = quality(RowSums(*(np.float64(0.0),) * 4))
     assert all(math.isfinite(value) for value in values.values())
     assert values["tokens"] == 0.0
+
+
+def test_several_passes_average_what_random_routers_predict():
+    model, batch = tiny.model("router.name=random", "model.num_layers=1"), tiny.batch()
+    tokens = jnp.asarray(TOKEN_BYTES)
+
+    def nll(passes: int) -> float:
+        step = make_eval_step(model.skeleton, reference, tokens, len(DOMAINS), passes=passes)
+        sums, _ = jax.jit(step)(model.params, model.router, batch, jax.random.key(0))
+        return float(sums.rows.nll.sum())
+
+    one, many = nll(1), nll(6)
+    assert many < one, "an ensemble of draws predicts better than one of them"
