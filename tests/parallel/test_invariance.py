@@ -94,10 +94,14 @@ SHORT = {
 
 
 def take_step(case: str, sizes: dict[str, int]) -> tuple[StepMetrics, dict, dict]:
-    config = config_of(case)
+    return step_of(config_of(case), sizes)
+
+
+def step_of(config: ConfigDict, sizes: dict[str, int]) -> tuple[StepMetrics, dict, dict]:
     count = int(np.prod(list(sizes.values())))
     mesh = make_mesh(**{"data": 1, **sizes}, devices=jax.devices()[:count])
-    spec = model_spec(config, VOCAB, np.arange(VOCAB))
+    classes = 3 if config.task.name == "classify" else 0
+    spec = model_spec(config, VOCAB, np.arange(VOCAB), classes=classes)
     skeleton = make_skeleton(spec)
     adam = optimizer.adam(b1=0.9, b2=0.95, eps=1e-8)
     shardings = state_shardings(skeleton, adam, mesh)
