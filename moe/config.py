@@ -187,12 +187,12 @@ def import_beside(file: str, name: str) -> ModuleType:
 
     Args:
         file: `__file__` of the config.
-        name: as `models.py`.
+        name: as `models.py`, or `presets/random.py`.
 
     Raises:
         ConfigError: there is no such file.
     """
-    path = Path(file).with_name(name)
+    path = Path(file).parent / name
     spec = importlib.util.spec_from_file_location(f"{path.parent.name}.{path.stem}", path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise ConfigError(f"{file} needs {path}, which is no Python file: copy it there.")

@@ -99,7 +99,7 @@ def test_example_gate_measures_distance(nearest):
 
 
 def test_example_trains(nearest, monkeypatch):
-    names = {"Size": routers.Size, "Sections": routers.Sections, "_preset": routers._preset}
+    names = {"common": routers.common}
     exec(re.sub(r"^    ", "", code(r"^(    def nearest.*?)\n\n"), flags=re.MULTILINE), names)
     sections = names["nearest"](routers.Size())
     config = load_config("configs/quickstart.py", [("router.name", "nearest")])

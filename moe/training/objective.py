@@ -73,8 +73,9 @@ def _averaged(
     run: Callable[[Call], ModelOutput], call: Call, passes: int
 ) -> Float[Array, "B *S V"]:
     """Logarithm of the mean probabilities over passes; the first has the key of `call` itself."""
-    assert call.key is not None
-    keys = jax.vmap(lambda i: jax.random.fold_in(call.key, i))(jnp.arange(1, passes))
+    key = call.key
+    assert key is not None
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(1, passes))
 
     def add(total: Array, key: Array) -> tuple[Array, None]:
         return jnp.logaddexp(total, jax.nn.log_softmax(run(call._replace(key=key)).logits)), None
