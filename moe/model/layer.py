@@ -19,7 +19,7 @@ from moe.routing.report import layer_report
 from moe.routing.router import Router, pick_inputs, pick_options
 from moe.routing.selection import ROUTING_NAME
 from moe.routing.table import ROUTERS
-from moe.routing.types import Choices, LayerReport, Routing
+from moe.routing.types import Choices, LayerReport, Routing, Slots
 
 WEIGHTS = 2  # folded into a key for noise on weights; 0 and 1 are noise of the decision
 
@@ -265,6 +265,8 @@ class SparseMLP(nnx.Module):
         if not hasattr(self, "mixed"):
             out = call.dispatch(x, routing.plan, params, expert_fn)
             y = out.output.astype(x.dtype)
+            if not isinstance(routing.plan, Choices | Slots):  # soft plans know no padding
+                y = jnp.where(call.valid[..., None], y, 0.0)
         else:
             assert isinstance(routing.plan, Choices)
             plan = share_zero_gates(routing.plan, self.mixed.kinds.numbers(self.num_ffn)["zero"])

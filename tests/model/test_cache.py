@@ -26,7 +26,6 @@ PROMPT = 5
 ROUTERS = {
     "topk": (),
     "segment": ("router.segment_size=4",),
-    "document_pool": ("router.segment_size=4",),
     "bigram_hash": (),
     "lory": ("router.k=1", "router.segment=4"),
     "recurrent": (),

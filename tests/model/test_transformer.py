@@ -22,18 +22,16 @@ from tests import tiny
 # Those of every way in which a decision reaches beyond its own token: state, ids, earlier tokens,
 # depth, groups, variable numbers, a causal form of a noncausal router.
 ROUTER_OPTIONS: dict[str, tuple[str, ...]] = {
-    "switch": ("router.k=1",),
+    "topk": (),
+    "random": (),
+    "hash": (),
     "deepseek_v3": ("router.groups=4", "router.groups_kept=2"),
     "segment": ("router.segment_size=4",),
-    "document_pool": ("router.segment_size=4",),
     "lory": ("router.k=1", "router.segment=4"),
     "random_path": ("router.k=2", "router.paths=2"),
-    "two_level": ("router.groups=4",),
+    "recurrent": (),
+    "expert_choice": (),
 }
-for _name in ("topk", "random", "hash", "bigram_hash", "top_p", "relu"):
-    ROUTER_OPTIONS[_name] = ()
-for _name in ("residual", "recurrent", "expert_choice", "sinkhorn"):
-    ROUTER_OPTIONS[_name] = ()
 DISPATCHES = {
     "reference": make_dispatch("reference", None),
     "grouped": grouped,

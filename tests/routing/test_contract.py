@@ -29,11 +29,10 @@ def test_config_of_each_case_passes_its_own_check(case):
 
 
 @every_router
-@pytest.mark.parametrize("kind", ["normal", "zeros", "equal", "huge", "mixed"])
+@pytest.mark.parametrize("kind", ["normal", "equal", "huge", "mixed"])
 def test_shapes_types_and_finite_numbers_at_extreme_logits(case, kind):
     logits = {
         "normal": random_logits(),
-        "zeros": np.zeros((B, S, E), np.float32),
         "equal": np.full((B, S, E), 3.0, np.float32),
         "huge": np.full((B, S, E), -1e4, np.float32),
         "mixed": np.sign(random_logits()) * np.float32(1e4),
