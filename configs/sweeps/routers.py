@@ -1,12 +1,14 @@
 """Every router on the same model, text, seeds and active FLOPs, beside dense models.
 
     python3 scripts/compare_routers.py --config=configs/sweeps/routers.py --workdir=runs/routers --workers=2
+    python3 scripts/compare_routers.py --config=configs/sweeps/routers.py:beyond --workdir=runs/beyond
     python3 scripts/compare_routers.py --config=configs/sweeps/routers.py:classify --workdir=runs/classify
 
 The first trains every preset of configs/routers.py that suits a causal language model: routers that are
 C0 or C1, and those C3 whose evaluation form is causal, which train with `allow_noncausal` and report the
 causal gap. Arms train on the domain `code` alone; `prose`, which none of them has seen, gives the
-out-of-domain loss. The second names the domain of every row, on all domains, with all C3 routers and
+out-of-domain loss. The second compares what routes elsewhere than in the feed-forward, beside the same
+top-k. The third names the domain of every row, on all domains, with all C3 routers and
 four references.
 
 `ARMS` takes what is no preset, name -> (argument of configs/comparison.py, overrides).
@@ -52,9 +54,32 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "double": ("router=topk", {"model.pattern": ("double",), "model.expert_width": 16}),
 }
 
+# Routing elsewhere than in the feed-forward, all with the same top-k there.
+BEYOND: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "attention_block": {"attention.name": "block", "attention.block": 16},
+    "attention_kmeans": {"attention.name": "kmeans", "losses.commitment": 1e-4},
+    "attention_segment": {"attention.name": "segment", "attention.segment": 32},
+    "depth": {
+        "model.pattern": ("depth_sparse",),
+        "model.depth_capacity": 0.5,
+        "losses.predictor": 0.1,
+        "allow_noncausal": True,
+    },
+    "skips": {"paths.survival": 0.8},
+    "jumps": {"paths.jump": 0.5},
+    "free_experts": {"model.zero_experts": 1, "model.copy_experts": 1, "model.constant_experts": 2},
+    "noise_relative": {"weight_noise.target": "experts", "weight_noise.scale": 0.1},
+    "noise_literal": {
+        "weight_noise.target": "experts",
+        "weight_noise.mode": "literal",
+        "weight_noise.scale": 1.0,
+    },
+}
+
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Arms of the language model, or with `classify` those of the classifier."""
+    """Arms of the language model, with `beyond` or `classify` those of the other comparisons."""
     config = ConfigDict(convert_dict=False)  # the keys of overrides have dots
     config.base = "configs/comparison.py"
     config.reference = "dense"
@@ -62,6 +87,11 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg == "classify":
         config.name = "Routers that read whole rows"
         config.arms = _with_groups({f"{n}": _classify(n) for n in _classifiers()})
+    elif arg == "beyond":
+        config.name = "Routing beyond the feed-forward"
+        arms = {name: ("router=topk", overrides) for name, overrides in BEYOND.items()}
+        config.arms = _with_groups({"dense": DENSE["dense"], **arms})
+        config.in_domain, config.out_of_domain = "code", "prose"
     else:
         config.name = "Routers in a causal language model"
         config.arms = _with_groups({**DENSE, **_language(), **ARMS})
