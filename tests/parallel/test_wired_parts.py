@@ -41,9 +41,10 @@ PARTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "parts",
-    ["depth_heads_paths", pytest.param("conv_clusters_pool", marks=pytest.mark.slow)],
+    ["depth_heads_paths", "conv_clusters_pool"],
 )
 def test_one_step_is_the_same_on_a_mesh(parts):
     pairs = [tuple(override.split("=", 1)) for override in PARTS[parts]]
