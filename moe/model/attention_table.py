@@ -15,13 +15,12 @@ before, which is no mistake where later tokens may be seen, and the classifier r
 """
 
 from collections.abc import Callable
-import difflib
 from typing import Any, NamedTuple
 
 from flax import nnx
 import jax.numpy as jnp
 
-from moe.errors import ConfigError
+from moe.errors import ConfigError, did_you_mean
 from moe.model import block_attention, head_experts, kmeans_attention, segment_attention
 from moe.model.attention import Attention, KeyValues
 from moe.model.block_attention import BlockAttention
@@ -125,7 +124,7 @@ def find_attention(name: str) -> AttentionKind:
     if name in ATTENTION:
         return ATTENTION[name]
     raise ConfigError(
-        f"attention.name={name!r} is not an attention{_nearest(name, ATTENTION)}; there are "
+        f"attention.name={name!r} is not an attention{did_you_mean(name, ATTENTION)}; there are "
         f"{', '.join(ATTENTION)}."
     )
 
@@ -164,7 +163,7 @@ def check_attention(
         if option not in kind.options:
             raise ConfigError(
                 f"attention.{option} is not an option of attention.name={name!r}"
-                f"{_nearest(option, kind.options)}; it takes {', '.join(kind.options) or 'no options'}."
+                f"{did_you_mean(option, kind.options)}; it takes {', '.join(kind.options) or 'no options'}."
             )
     given = kind.options | options
     sizes = {"sequence_length": sequence_length, "heads": heads, "qk_norm": qk_norm}
@@ -217,8 +216,3 @@ def empty_cache(name: str, options: dict[str, Any], batch: int, length: int, **s
     return kind.empty_cache(
         batch, length, **pick_inputs(kind.empty_cache, kind.options | options | sizes)
     )
-
-
-def _nearest(name: str, known: dict[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -16,7 +16,6 @@ from moe.evaluation.compare import (
     overlap_sums,
     saturation_metrics,
 )
-from moe.routing.table import ROUTERS
 from tests import tiny
 
 ROWS = tiny.batch(((16,), (7, 6), (11,), (16,)))
@@ -70,7 +69,6 @@ def test_causal_router_has_no_gap():
     assert found["routing/causal_flip_rate"] == 0.0
 
 
-@pytest.mark.skipif("sinkhorn" not in ROUTERS, reason="needs a router that is C3 in training")
 def test_router_that_balances_over_the_row_has_a_gap():
     model = tiny.model("router.name=sinkhorn", "router.k=1")
     mine = Numbers(model.params, model.router)
