@@ -17,14 +17,16 @@
 | `M` | segments, sampled paths, or text domains |
 | `N` | rows handed to experts (one row for each kept choice) |
 
-Mesh axes, outermost first. The batch is sharded over `BATCH_AXES`, experts over `expert`,
-`F` and `H` over `tensor`, `D` of the parameters over `fsdp`.
+Mesh axes, outermost first: the last ones talk most and get the neighbouring devices
+(`moe.parallel.mesh`). The batch is sharded over `BATCH_AXES`, its positions over `sequence`; which
+parameters lie where is one of the presets of `moe.parallel.rules`.
 """
 
 DATA = "data"
 FSDP = "fsdp"
 EXPERT = "expert"
+SEQUENCE = "sequence"
 TENSOR = "tensor"
 
-MESH_AXES = (DATA, FSDP, EXPERT, TENSOR)
+MESH_AXES = (DATA, FSDP, EXPERT, SEQUENCE, TENSOR)
 BATCH_AXES = (DATA, FSDP, EXPERT)

@@ -161,7 +161,16 @@ def default_config() -> ConfigDict:
                 "clip_norm": 1.0,
                 "accumulation": 1,  # microbatches a step
             },
-            "mesh": {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1},
+            # Sizes of the axes (moe/parallel/mesh.py), and where parameters lie (moe/parallel/rules.py).
+            "mesh": {
+                "data": -1,  # one size may be -1: what is left of the devices
+                "fsdp": 1,
+                "expert": 1,
+                "sequence": 1,
+                "tensor": 1,
+                "slices": 1,  # that a slow network joins; data crosses it
+                "rules": "separate",  # or folded, folded_data, hybrid, zero1
+            },
             "checkpoint": {"every": 100, "keep_latest": 2, "keep_best": 1},
             "evaluation": {
                 "every": 100,

@@ -1,6 +1,6 @@
 """What `train.py` and `eval.py` both build from a config, in the order in which mistakes are cheap."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 import hashlib
 import time
@@ -14,7 +14,7 @@ from jaxtyping import Array, Int, PyTree
 import numpy as np
 import optax
 
-from moe.axes import BATCH_AXES, EXPERT
+from moe.axes import BATCH_AXES, SEQUENCE
 from moe.config import ConfigDict, require
 from moe.data.batches import TextData, make_data
 from moe.data.router_valid import ROUTER_VALID
@@ -29,10 +29,11 @@ from moe.evaluation.cost import cost_record
 from moe.evaluation.evaluate import EvalStep, Evaluation, evaluate, make_eval_step
 from moe.evaluation.record import evaluation_record
 from moe.model.build import ModelSize, model_spec
-from moe.model.experts import EXPERT_SPECS
+from moe.model.experts import expert_specs
 from moe.model.spec import KINDS, ModelSpec
+from moe.parallel.feed import batch_shapes, batch_shardings, process_block, to_device
 from moe.parallel.mesh import batch_shards, make_mesh
-from moe.parallel.rules import BATCH_SPEC
+from moe.parallel.rules import Rules, find_rules
 from moe.routing.loss_table import LOSSES, active_losses
 from moe.routing.router import parameters_of, pick_options
 from moe.routing.table import ROUTERS, check_causal
@@ -66,6 +67,11 @@ class Run(NamedTuple):
     shardings: TrainState
     token_bytes: Int[Array, " V"]
 
+    @property
+    def rules(self) -> Rules:
+        """Which parameter axes lie on which mesh axes."""
+        return find_rules(self.config.mesh.rules)
+
 
 def set_up(
     config: ConfigDict,
@@ -86,12 +92,14 @@ def set_up(
         ConfigError: a combination that cannot work.
         DataError: data that cannot be read.
     """
-    mesh = make_mesh(**config.mesh)
+    sizes = config.mesh.to_dict()
+    rules = find_rules(sizes.pop("rules"))
+    mesh = make_mesh(**sizes)
     _check_batch(config, mesh)
     # Fails before the data is prepared; the real vocabulary is not needed for the checks.
     model_spec(config, vocab_size=1, training=training)
     if any(KINDS[kind] for kind in config.model.pattern):
-        check_experts(config.model.num_experts, mesh.shape[EXPERT])
+        check_experts(config.model.num_experts, mesh, rules.expert_axes)
         if not config.allow_noncausal and config.task.name == "language":
             check_causal(config.router.name)
     if training:
@@ -110,7 +118,7 @@ def set_up(
     skeleton = make_skeleton(spec)
     o = config.optimizer
     transformation = optimizer_lib.adam(b1=o.b1, b2=o.b2, eps=o.eps)
-    shardings = state_shardings(skeleton, transformation, mesh)
+    shardings = state_shardings(skeleton, transformation, mesh, rules)
     token_bytes = jnp.asarray(data.tokenizer.token_bytes, jnp.int32)
     run = Run(config, mesh, data, spec, skeleton, transformation, shardings, token_bytes)
     dispatch_for(run, training=training)  # an unknown name shows here
@@ -168,6 +176,12 @@ def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
         f"x {accumulation} (optimizer.accumulation): each device takes the same number of sequences "
         f"of every microbatch. The next batch size that fits is {-(-size // unit) * unit}.",
     )
+    length, parts = config.data.sequence_length, mesh.shape[SEQUENCE]
+    require(
+        length % parts == 0,
+        f"data.sequence_length={length} is not divisible by mesh.sequence={parts}: each device of that axis "
+        f"takes as many positions. The next length that fits is {-(-length // parts) * parts}.",
+    )
 
 
 def _token_counts(config: ConfigDict, data: TextData) -> np.ndarray | None:
@@ -185,7 +199,11 @@ def dispatch_for(run: Run, *, training: bool) -> Dispatch:
         factor = d.eval_capacity_factor
         name = "grouped" if name == "capacity" and factor is None else name
     return make_dispatch(
-        name, run.mesh, param_specs=EXPERT_SPECS, capacity_factor=factor, priority=d.priority
+        name,
+        run.mesh,
+        param_specs=expert_specs(run.rules),
+        capacity_factor=factor,
+        priority=d.priority,
     )
 
 
@@ -210,11 +228,15 @@ def compile_prior_update(run: Run, state: TrainState) -> PriorUpdate | None:
         run.spec, run.skeleton, dispatch_for(run, training=False), run.token_bytes
     )
     everywhere = NamedSharding(run.mesh, PartitionSpec())
-    batch = NamedSharding(run.mesh, BATCH_SPEC)
     key = root_key(run.config.seed, 3)
     ablate = jax.jit(
         step,
-        in_shardings=(run.shardings.params, run.shardings.router, batch, everywhere),
+        in_shardings=(
+            run.shardings.params,
+            run.shardings.router,
+            batch_shardings(run.mesh),
+            everywhere,
+        ),
         out_shardings=everywhere,
     )
     put, block = to_device(run.mesh), process_block(run.mesh, run.config.data.batch_size)
@@ -231,13 +253,8 @@ def compile_prior_update(run: Run, state: TrainState) -> PriorUpdate | None:
 
 
 def abstract_batch(run: Run) -> Batch:
-    """Shapes, dtypes and shardings of a global batch."""
-    size = (run.config.data.batch_size, run.config.data.sequence_length)
-    sharding = NamedSharding(run.mesh, BATCH_SPEC)
-    tokens = jax.ShapeDtypeStruct(size, jnp.int32, sharding=sharding)
-    valid = jax.ShapeDtypeStruct(size, jnp.bool_, sharding=sharding)
-    domain = jax.ShapeDtypeStruct(size[:1], jnp.int32, sharding=sharding)
-    return Batch(tokens, tokens, tokens, tokens, valid, domain)
+    """Shapes, dtypes and shardings of the batch that the config describes."""
+    return batch_shapes(run.mesh, run.config.data.batch_size, run.config.data.sequence_length)
 
 
 def jit_train_step(run: Run):
@@ -262,11 +279,10 @@ def jit_train_step(run: Run):
         run.config.router.jitter > 0,
     )
     everywhere = NamedSharding(run.mesh, PartitionSpec())
-    batch = NamedSharding(run.mesh, BATCH_SPEC)
     return jax.jit(
         partial(train_step, plan),
         donate_argnums=0,
-        in_shardings=(run.shardings, batch, everywhere, everywhere),
+        in_shardings=(run.shardings, batch_shardings(run.mesh), everywhere, everywhere),
         out_shardings=(run.shardings, everywhere),
     )
 
@@ -285,10 +301,14 @@ def jit_eval_step(run: Run):
         causal_gap=has_causal_gap(spec),
     )
     everywhere = NamedSharding(run.mesh, PartitionSpec())
-    batch = NamedSharding(run.mesh, BATCH_SPEC)
     return jax.jit(
         step,
-        in_shardings=(run.shardings.params, run.shardings.router, batch, everywhere),
+        in_shardings=(
+            run.shardings.params,
+            run.shardings.router,
+            batch_shardings(run.mesh),
+            everywhere,
+        ),
         out_shardings=everywhere,
     )
 
@@ -307,27 +327,6 @@ def hyper(run: Run) -> Hyper:
         update_options=pick_options(update, c.router.to_dict()),
     )
     return jax.tree.map(lambda number: np.float32(number), values)
-
-
-def process_block(mesh: Mesh, rows: int) -> tuple[int, int]:
-    """Which block of a global batch of `rows` this process feeds: `(index, count)`.
-
-    Processes that differ only along `tensor` feed the same rows.
-    """
-    where = NamedSharding(mesh, BATCH_SPEC).addressable_devices_indices_map((rows,))
-    slices = [index[0].indices(rows) for index in where.values() if index is not None]
-    low, high = min(s[0] for s in slices), max(s[1] for s in slices)
-    return low // (high - low), rows // (high - low)
-
-
-def to_device(mesh: Mesh) -> Callable[[Batch], Batch]:
-    """Makes the global batch, sharded over the mesh, of what this process has read."""
-    sharding = NamedSharding(mesh, BATCH_SPEC)
-
-    def put(local: Batch) -> Batch:
-        return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), local)
-
-    return put
 
 
 def root_key(seed: int, purpose: int) -> Any:

@@ -16,6 +16,7 @@ from moe.data.types import Batch
 from moe.errors import ConfigError
 from moe.model.build import model_spec
 from moe.parallel.mesh import make_mesh
+from moe.parallel.rules import RULES
 from moe.routing.loss_table import LOSSES
 from moe.routing.table import ROUTERS
 from moe.setup import Run
@@ -35,7 +36,7 @@ def step_shapes(config: ConfigDict) -> tuple[Any, TrainState]:
     spec = model_spec(config, VOCAB, np.arange(VOCAB))
     skeleton = make_skeleton(spec)
     transformation = optimizer.adam(b1=0.9, b2=0.95, eps=1e-8)
-    shardings = state_shardings(skeleton, transformation, mesh)
+    shardings = state_shardings(skeleton, transformation, mesh, RULES["separate"])
     no_data, token_bytes = cast(Any, None), jnp.ones(VOCAB, jnp.int32)
     run = Run(config, mesh, no_data, spec, skeleton, transformation, shardings, token_bytes)
     state = abstract_state(spec, transformation, shardings)

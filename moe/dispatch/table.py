@@ -1,13 +1,15 @@
 """The dispatch paths by name, on one device or across a mesh."""
 
+from collections.abc import Sequence
 import functools
+import math
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from moe.axes import BATCH_AXES, EXPERT, TENSOR
+from moe.axes import EXPERT, TENSOR
 from moe.dispatch.capacity import capacity
 from moe.dispatch.exchange import capacity_exchange, grouped_exchange
 from moe.dispatch.grouped import grouped
@@ -15,6 +17,7 @@ from moe.dispatch.plans import by_plan
 from moe.dispatch.reference import reference
 from moe.dispatch.types import Dispatch, Dispatched, ExpertFn
 from moe.errors import ConfigError
+from moe.parallel.rules import token_spec
 from moe.routing.types import Choices
 
 DISPATCH = ("grouped", "capacity", "reference")
@@ -32,7 +35,7 @@ def make_dispatch(
     """One function `(x, plan, params, expert_fn) -> Dispatched` for every kind of plan.
 
     `Choices` go by the path `name`. With one device it runs where it is; with more it runs in one
-    `shard_map`: tokens over `BATCH_AXES`, experts by `param_specs`, and an exchange over the expert
+    `shard_map`: tokens by `token_spec`, experts by `param_specs`, and an exchange over the expert
     axis. The other plans have one path each (`moe.dispatch.plans`), which drops nothing.
 
     Args:
@@ -67,12 +70,11 @@ def make_dispatch(
 
 def across(path: Dispatch, mesh: Mesh, param_specs: Any) -> Dispatch:
     """Runs `path` on every shard of the mesh. Sums over `TENSOR` last, where rows are fewest."""
-    tokens = PartitionSpec(BATCH_AXES, None, None)
 
     def dispatch(
         x: Float[Array, "B S D"], choices: Choices, params: Any, expert_fn: ExpertFn
     ) -> Dispatched:
-        specs = param_specs
+        specs, tokens = param_specs, token_spec(mesh, x.shape[1])
         if specs is None:
             specs = jax.tree.map(lambda _: PartitionSpec(EXPERT), params)
 
@@ -92,18 +94,20 @@ def across(path: Dispatch, mesh: Mesh, param_specs: Any) -> Dispatch:
     return dispatch
 
 
-def check(num_experts: int, expert_axis: int) -> None:
+def check(num_experts: int, mesh: Mesh, expert_axes: Sequence[str] = (EXPERT,)) -> None:
     """Refuses experts that cannot be spread evenly.
 
     Raises:
-      ConfigError: `num_experts` is not divisible by the size of the expert axis.
+      ConfigError: `num_experts` is not divisible by the product of the sizes of `expert_axes`.
     """
-    if num_experts % expert_axis:
-        below = num_experts - num_experts % expert_axis
-        above = below + expert_axis
+    shards = math.prod(mesh.shape[name] for name in expert_axes)
+    if num_experts % shards:
+        below = num_experts - num_experts % shards
+        above = below + shards
         fix = f"{below} or {above}" if below else f"{above}"
+        sizes = " x ".join(f"mesh.{name}={mesh.shape[name]}" for name in expert_axes)
+        sizes += f" = {shards}" if len(expert_axes) > 1 else ""
         raise ConfigError(
-            f"model.num_experts={num_experts} is not divisible by mesh.expert={expert_axis}: every "
-            f"shard of the expert axis holds the same number of experts. Use {fix} experts, or an "
-            f"expert axis that divides {num_experts}."
+            f"model.num_experts={num_experts} is not divisible by {sizes}: every shard of the experts "
+            f"holds the same number of them. Use {fix} experts, or sizes that divide {num_experts}."
         )

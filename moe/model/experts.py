@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from moe.axes import EXPERT, TENSOR
 from moe.dispatch.types import Matmul
+from moe.parallel.rules import Rules, parameter_spec
 
 # name -> (parallel input projections, non-linearity). A gated unit multiplies two projections.
 ACTIVATIONS = {
@@ -26,10 +25,18 @@ class ExpertParams(NamedTuple):
     wo: Float[Any, "E F D"]
 
 
-# How a shard of the exchange sees the weights: its experts, its slice of `F`, all of `D`.
-EXPERT_SPECS = ExpertParams(
-    wi=PartitionSpec(EXPERT, None, None, TENSOR), wo=PartitionSpec(EXPERT, TENSOR, None)
-)
+EXPERT_LETTERS = ExpertParams(wi=("E", "D", None, "F"), wo=("E", "F", "D"))
+
+
+def expert_specs(rules: Rules) -> ExpertParams:
+    """How a shard of the exchange sees the weights: its experts, its slice of `F`, all of `D`.
+
+    Where the rules cut `D` of the experts, it is gathered before the exchange.
+    """
+    whole = rules._replace(experts={**rules.experts, "D": ()})
+    return ExpertParams(
+        *(parameter_spec(letters, len(letters), whole) for letters in EXPERT_LETTERS)
+    )
 
 
 def fan_in_init(fan_in: int, scale: float = 1.0):
@@ -76,11 +83,11 @@ class Experts(nnx.Module):
         parts = ACTIVATIONS[activation][0]
         self.wi = nnx.Param(
             fan_in_init(width)(rngs.params(), (num_experts, width, parts, hidden)),
-            axes=("E", "D", None, "F"),
+            axes=EXPERT_LETTERS.wi,
         )
         self.wo = nnx.Param(
             fan_in_init(hidden, out_scale)(rngs.params(), (num_experts, hidden, width)),
-            axes=("E", "F", "D"),
+            axes=EXPERT_LETTERS.wo,
         )
 
     def params(self, dtype: jnp.dtype) -> ExpertParams:

@@ -1,69 +1,150 @@
-"""Where every axis lives: the one table from the letters of `moe.axes` to mesh axes.
+"""Where every axis lives: presets that map the letters of `moe.axes` to mesh axes, in one table.
 
-Parameters carry their letters as metadata (`axes=("E", "D", None, "F")`), optimiser moments follow
-their parameter, activations are constrained once a block. Axes that scan or accumulation put in front
-are never sharded.
+Parameters carry their letters as metadata (`axes=("E", "D", None, "F")`); one with an `E` belongs to
+the experts. Optimiser moments follow their parameter, activations are constrained once a block. Axes
+that scan or accumulation put in front are never sharded.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+import math
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from moe.axes import BATCH_AXES, EXPERT, FSDP, TENSOR
-from moe.errors import ConfigError
+from moe.axes import BATCH_AXES, DATA, EXPERT, FSDP, SEQUENCE, TENSOR
+from moe.errors import ConfigError, did_you_mean
 
-# Letter of a parameter's axis -> mesh axis. A letter that is not listed is replicated.
-PARAMETER_RULES = {
-    "E": EXPERT,  # experts: each device of the expert axis keeps E / expert of them
-    "F": TENSOR,  # hidden width of MLPs and experts
-    "H": TENSOR,  # heads, of queries and of keys and values
-    "V": TENSOR,  # vocabulary
-    "D": FSDP,  # model width: gathered when used
+Axes = tuple[str, ...]
+
+
+class Rules(NamedTuple):
+    """Mesh axes of each letter of a parameter; a letter that is not listed is not sharded."""
+
+    purpose: str
+    experts: Mapping[str, Axes]  # of parameters with an E
+    others: Mapping[str, Axes]
+    moments: str | None = None  # preset of the optimiser's moments; None: as their parameter
+
+    @property
+    def expert_axes(self) -> Axes:
+        """Mesh axes that the experts lie on, which the exchange of tokens runs over."""
+        return self.experts["E"]
+
+
+# Hidden widths, heads and vocabulary lie on `tensor` in every preset.
+_HIDDEN: dict[str, Axes] = {"F": (TENSOR,)}
+_TENSOR: dict[str, Axes] = {"F": (TENSOR,), "H": (TENSOR,), "V": (TENSOR,)}
+
+RULES: dict[str, Rules] = {
+    "separate": Rules(
+        "A few devices, or experts on one axis and everything else gathered over another.",
+        experts={"E": (EXPERT,), "D": (FSDP,), **_HIDDEN},
+        others={"D": (FSDP,), **_TENSOR},
+    ),
+    "folded": Rules(
+        "Many experts: fsdp x expert is one axis, over which experts are spread and never gathered.",
+        experts={"E": (FSDP, EXPERT), **_HIDDEN},
+        others={"D": (FSDP, EXPERT), **_TENSOR},
+    ),
+    "folded_data": Rules(
+        "Most experts and a fast network everywhere: the exchange runs over all batch axes.",
+        experts={"E": (DATA, FSDP, EXPERT), **_HIDDEN},
+        others={"D": (FSDP, EXPERT), **_TENSOR},
+    ),
+    "hybrid": Rules(
+        "Least memory with few large experts: all parameters over every axis but data (ZeRO-3).",
+        experts={"E": (EXPERT,), "D": (FSDP, SEQUENCE), **_HIDDEN},
+        others={"D": (FSDP, EXPERT, SEQUENCE), **_TENSOR},
+    ),
+    "zero1": Rules(
+        "Parameters fit, moments do not: only the optimiser's state is cut over fsdp (ZeRO-1).",
+        experts={"E": (EXPERT,), **_HIDDEN},
+        others=_TENSOR,
+        moments="separate",
+    ),
 }
 
-BATCH_SPEC = PartitionSpec(BATCH_AXES)
+BATCH_SPEC = PartitionSpec(BATCH_AXES)  # [B ...]
+TOKEN_SPEC = PartitionSpec(BATCH_AXES, SEQUENCE)  # [B S ...]
 
 
-def parameter_spec(letters: Sequence[str | None], ndim: int) -> PartitionSpec:
+def find_rules(name: str) -> Rules:
+    """Returns a row of the table.
+
+    Raises:
+        ConfigError: no such preset; names the nearest.
+    """
+    if name in RULES:
+        return RULES[name]
+    raise ConfigError(
+        f"mesh.rules={name!r} is no preset of sharding rules{did_you_mean(name, RULES)}; there are "
+        f"{', '.join(RULES)}."
+    )
+
+
+def parameter_spec(letters: Sequence[str | None], ndim: int, rules: Rules) -> PartitionSpec:
     """PartitionSpec of a parameter whose last axes are named by `letters`; axes before them are replicated."""
-    named = [None if letter is None else PARAMETER_RULES.get(letter) for letter in letters]
+    table = rules.experts if "E" in letters else rules.others
+    named = [None if letter is None else table.get(letter) for letter in letters]
     return PartitionSpec(*([None] * (ndim - len(named))), *named)
 
 
-def parameter_shardings(state: nnx.State, mesh: Mesh) -> Any:
+def parameter_shardings(state: nnx.State, mesh: Mesh, rules: Rules) -> Any:
     """A pure dict like `nnx.to_pure_dict(state)` with a NamedSharding for each array.
 
     Raises:
-        ConfigError: an axis is not divisible by the size of its mesh axis.
+        ConfigError: an axis is not divisible by the sizes of its mesh axes.
     """
 
     def sharding(path: tuple, variable: nnx.Variable) -> NamedSharding:
         shape = variable.get_value().shape
-        spec = parameter_spec(variable.get_metadata().get("axes", ()), len(shape))
-        for size, name in zip(shape, spec, strict=True):
-            if name is not None and size % mesh.shape[name]:
-                raise ConfigError(
-                    f"mesh.{name}={mesh.shape[name]} does not divide an axis of size {size} of "
-                    f"{'/'.join(map(str, path))} {tuple(shape)}: choose mesh.{name} among the divisors "
-                    f"of {size}, or change the model's size."
-                )
+        spec = parameter_spec(variable.get_metadata().get("axes", ()), len(shape), rules)
+        for size, names in zip(shape, spec, strict=True):
+            axes = (names,) if isinstance(names, str) else names or ()
+            _check_divides(path, shape, size, axes, mesh)
         return NamedSharding(mesh, spec)
 
     flat = nnx.to_flat_state(state)
     return nnx.to_pure_dict(nnx.from_flat_state([(p, _Leaf(sharding(p, v))) for p, v in flat]))
 
 
+def _check_divides(path: tuple, shape: Sequence[int], size: int, names: Axes, mesh: Mesh) -> None:
+    shards = math.prod(mesh.shape[name] for name in names)
+    if size % shards == 0:
+        return
+    sizes = " x ".join(f"mesh.{name}={mesh.shape[name]}" for name in names)
+    product = f"{sizes} = {shards}" if len(names) > 1 else sizes
+    raise ConfigError(
+        f"{product} does not divide an axis of size {size} of {'/'.join(map(str, path))} "
+        f"{tuple(shape)}: choose sizes whose product divides {size}, change the model's size, or choose "
+        f"other mesh.rules among {', '.join(RULES)}."
+    )
+
+
 class _Leaf(nnx.Variable):
     """Carries a sharding through NNX's dict conversion."""
 
 
+def token_spec(mesh: Any, length: int) -> PartitionSpec:
+    """How `[B S ...]` is sharded: positions too, where `length` of them can be cut evenly.
+
+    They cannot in generation, one position at a time, nor where a layer picks a number of its own.
+
+    Args:
+        mesh: concrete or abstract, with the axes of `moe.axes`.
+        length: `S`.
+    """
+    return BATCH_SPEC if length % mesh.shape[SEQUENCE] else TOKEN_SPEC
+
+
 def constrain_batch(x: Array) -> Array:
-    """Shards the leading axis of an activation over the batch axes; the identity without a mesh."""
+    """Shards an activation `[B S ...]`, or one value a row `[B]`; the identity without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, BATCH_SPEC)
+    return jax.lax.with_sharding_constraint(
+        x, BATCH_SPEC if x.ndim == 1 else token_spec(mesh, x.shape[1])
+    )

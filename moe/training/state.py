@@ -12,7 +12,7 @@ import optax
 from moe.model.layer import RouterState
 from moe.model.spec import ModelSpec
 from moe.model.transformer import Transformer
-from moe.parallel.rules import parameter_shardings
+from moe.parallel.rules import RULES, Rules, parameter_shardings
 
 
 class TrainState(NamedTuple):
@@ -62,17 +62,20 @@ def initialize(
 
 
 def state_shardings(
-    skeleton: Skeleton, transformation: optax.GradientTransformation, mesh: Mesh
+    skeleton: Skeleton, transformation: optax.GradientTransformation, mesh: Mesh, rules: Rules
 ) -> TrainState:
-    """A TrainState of NamedShardings: moments lie with their parameter, router state is replicated."""
-    params = parameter_shardings(skeleton.params, mesh)
+    """A TrainState of NamedShardings: moments by the rules for them, router state replicated."""
+    params = parameter_shardings(skeleton.params, mesh, rules)
+    moments = params
+    if rules.moments is not None:
+        moments = parameter_shardings(skeleton.params, mesh, RULES[rules.moments])
     everywhere = NamedSharding(mesh, PartitionSpec())
     shapes = nnx.to_pure_dict(jax.tree.map(lambda leaf: leaf, skeleton.params))
     optimizer = optax.tree.map_params(
         transformation,
         lambda _, sharding: sharding,
         jax.eval_shape(transformation.init, shapes),
-        params,
+        moments,
         transform_non_params=lambda _: everywhere,
     )
     router = jax.tree.map(lambda _: everywhere, nnx.to_pure_dict(skeleton.router))

@@ -22,8 +22,10 @@ MESHES = [(1, 1, 2, 1), (2, 1, 2, 1), (1, 1, 2, 2), (1, 2, 2, 2), (1, 1, 8, 1)]
 
 
 def make_mesh(sizes):
+    """Of data, fsdp, expert, tensor; or of all axes."""
+    sizes = (*sizes[:3], 1, sizes[3]) if len(sizes) == 4 else sizes
     devices = np.array(jax.devices()[: np.prod(sizes)]).reshape(sizes)
-    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def make_case(skew):
@@ -64,9 +66,14 @@ def test_drops_do_not_depend_on_the_mesh(sizes):
 
 
 def test_experts_must_divide():
-    check(8, 4)
-    with pytest.raises(ConfigError, match="Use 4 or 8 experts"):
-        check(6, 4)
+    mesh = make_mesh((1, 2, 4, 1))
+    check(8, mesh)
+    with pytest.raises(ConfigError, match=r"mesh.expert=4: .*Use 4 or 8 experts"):
+        check(6, mesh)
+    with pytest.raises(
+        ConfigError, match=r"mesh.fsdp=2 x mesh.expert=4 = 8: .*Use 8 or 16 experts"
+    ):
+        check(12, mesh, ("fsdp", "expert"))
 
 
 def test_specs_are_optional():

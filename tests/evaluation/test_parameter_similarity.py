@@ -8,7 +8,7 @@ from moe.evaluation import expert_similarity as es
 from moe.evaluation.parameter_similarity import similarity_metrics
 from moe.model.build import model_spec
 from moe.parallel.mesh import make_mesh
-from moe.parallel.rules import parameter_shardings
+from moe.parallel.rules import RULES, parameter_shardings
 from moe.training.state import make_skeleton
 from tests import tiny
 
@@ -55,7 +55,9 @@ def test_sharded_experts_give_the_same_numbers():
     skeleton = make_skeleton(model_spec(tiny.config(), tiny.VOCAB))
     params = drawn()
     with jax.set_mesh(mesh):
-        sharded = jax.device_put(params, parameter_shardings(skeleton.params, mesh))
+        sharded = jax.device_put(
+            params, parameter_shardings(skeleton.params, mesh, RULES["separate"])
+        )
         found = similarity_metrics(sharded)
     for name, value in similarity_metrics(params).items():
         np.testing.assert_allclose(found[name], value, atol=1e-5, err_msg=name)

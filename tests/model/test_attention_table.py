@@ -18,7 +18,7 @@ from moe.model.attention_table import (
 )
 from moe.model.attention_types import AttentionOutput
 from moe.parallel.mesh import make_mesh
-from moe.parallel.rules import BATCH_SPEC, parameter_spec
+from moe.parallel.rules import BATCH_SPEC, RULES, parameter_spec
 from tests.model import variants
 from tests.model.variants import COMMON, D, H, Q, X
 
@@ -128,7 +128,9 @@ def nnx_shardings(params, mesh):
 
 
 def spec_of(variable):
-    return parameter_spec(variable.get_metadata()["axes"], variable.get_value().ndim)
+    return parameter_spec(
+        variable.get_metadata()["axes"], variable.get_value().ndim, RULES["separate"]
+    )
 
 
 def test_top_w_clusters_are_refused_in_a_language_model():

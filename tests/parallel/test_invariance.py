@@ -14,6 +14,7 @@ from moe.config import ConfigDict, default_config
 from moe.data.types import Batch
 from moe.model.build import model_spec
 from moe.parallel.mesh import make_mesh
+from moe.parallel.rules import find_rules
 from moe.training import optimizer
 from moe.training.state import initialize, make_skeleton, state_shardings
 from moe.training.step import StepMetrics
@@ -104,7 +105,7 @@ def step_of(config: ConfigDict, sizes: dict[str, int]) -> tuple[StepMetrics, dic
     spec = model_spec(config, VOCAB, np.arange(VOCAB), classes=classes)
     skeleton = make_skeleton(spec)
     adam = optimizer.adam(b1=0.9, b2=0.95, eps=1e-8)
-    shardings = state_shardings(skeleton, adam, mesh)
+    shardings = state_shardings(skeleton, adam, mesh, find_rules(config.mesh.rules))
     run = setup.Run(config, mesh, None, spec, skeleton, adam, shardings, jnp.ones(VOCAB, jnp.int32))
     with jax.set_mesh(mesh):
         state = jax.jit(lambda key: initialize(spec, adam, key), out_shardings=shardings)(
