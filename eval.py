@@ -18,6 +18,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe import cli, setup
+from moe.axes import MESH_AXES
 from moe.config import ConfigDict
 from moe.data import tokenizers
 from moe.evaluation import matrix, tables
@@ -28,7 +29,7 @@ from moe.evaluation.generate import check_numbers, generate, until
 from moe.evaluation.kept_choices import history
 from moe.evaluation.record import write_json
 from moe.model.build import model_size
-from moe.parallel import distributed
+from moe.parallel import compile_cache, distributed
 from moe.parallel.host_memory import reuse_buffers
 from moe.parallel.mesh import batch_shards, fits
 from moe.setup import Run
@@ -60,6 +61,7 @@ flags.DEFINE_float(
 )
 flags.DEFINE_integer("seed", 0, "Of generation.", flag_values=FLAGS)
 distributed.define_flags(FLAGS)
+compile_cache.define_flag(FLAGS)
 
 
 class Checkpoint(NamedTuple):
@@ -89,7 +91,11 @@ def main(argv: list[str]) -> int:
     distributed.start_from_flags(FLAGS)
     best = best_metric(saved.get("task", {}).get("name", "language"))
     place = workdir / "checkpoints"
-    with Checkpointer(place, best_metric=best, read_only=True) as checkpointer:
+    primary = jax.process_index() == 0
+    with (
+        Checkpointer(place, best_metric=best, read_only=True) as checkpointer,
+        compile_cache.persistent(workdir, FLAGS.compile_cache, primary=primary),
+    ):
         step = checkpointer.resolve(_step(FLAGS.step))
         tokenizer = tokenizers.from_json(checkpointer.load_meta(step)["tokenizer"])
         run = setup.set_up(config_for(saved, overrides), tokenizer, training=False)
@@ -140,7 +146,7 @@ def config_for(saved: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> C
     config = cli.complete_config(ConfigDict(saved), overrides)
     asked = any(key.startswith("mesh.") for key, _ in overrides)
     if not asked and not fits(config.mesh.to_dict(), jax.device_count()):
-        config.mesh.update({"data": -1, "fsdp": 1, "expert": 1, "tensor": 1})
+        config.mesh.update(dict.fromkeys(MESH_AXES, 1) | {"data": -1, "slices": 1})
     if "evaluation.batches" not in dict(overrides):
         config.evaluation.batches = None  # the limit was for evaluations in the training loop
     return config

@@ -24,7 +24,7 @@ from moe.evaluation.evaluate import Evaluation, best_metric, quality
 from moe.evaluation.kept_choices import Kept, forget_after, history, keep
 from moe.evaluation.record import write_json
 from moe.model.build import model_size
-from moe.parallel import distributed
+from moe.parallel import compile_cache, distributed
 from moe.parallel.host_memory import reuse_buffers
 from moe.report.run import write_report
 from moe.routing.metrics import summarize
@@ -43,6 +43,7 @@ flags.DEFINE_string(
     "workdir", None, "Folder of the run; made if its parent exists.", flag_values=FLAGS
 )
 distributed.define_flags(FLAGS)
+compile_cache.define_flag(FLAGS)
 
 
 def main(argv: list[str]) -> int:
@@ -53,15 +54,16 @@ def main(argv: list[str]) -> int:
     config = cli.load_config(str(path), overrides)
     reuse_buffers()
     distributed.start_from_flags(FLAGS)
-    return train(config, Path(FLAGS.workdir))
+    return train(config, Path(FLAGS.workdir), FLAGS.compile_cache)
 
 
-def train(config: ConfigDict, workdir: Path) -> int:
+def train(config: ConfigDict, workdir: Path, cache: str | None = None) -> int:
     """The road: mesh, data, model, state, restore, step, loop, evaluation, report."""
     primary = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         workdir = stack.enter_context(open_workdir(workdir, primary=primary))
         interruption = stack.enter_context(Interruption())
+        stack.enter_context(compile_cache.persistent(workdir, cache, primary=primary))
 
         # ---- mesh, data, shape of the model: every mistake in the config shows here
         run = setup.set_up(config, saved_tokenizer(workdir))

@@ -16,6 +16,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial, TrialState
 
 from moe.errors import EXIT_PREEMPTED
+from moe.parallel import compile_cache
 from moe.report.records import parse_record
 from moe.sweep import study as study_lib
 from moe.sweep.space import Params, Sweep, to_text
@@ -269,7 +270,15 @@ def _command(job: Job, claim: Claim, params: Params, seed: int) -> list[str]:
         f"--config={job.sweep.base}",
         *(f"--config.{key}={value}" for key, value in values.items()),
         f"--workdir={claim.directory / f'seed-{seed}'}",
+        *_shared_cache(job.workdir),
     ]
+
+
+def _shared_cache(workdir: Path) -> list[str]:
+    """Trials that differ in numbers alone run the same compiled program."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return []
+    return [f"--compile_cache={workdir / compile_cache.FOLDER}"]
 
 
 def _run_process(
