@@ -143,9 +143,8 @@ def _product(
     shapes = computation.operand_shapes(each) + each.shapes
     named = module.described(computation, each)
     place = phase(each.name, named.op_name)
-    return Product(
-        each.name, found[0], named.op_name, place, module.source(named), found[1], times, shapes
-    )
+    source = module.source(named) or module.nearby_source(computation, each)
+    return Product(each.name, found[0], named.op_name, place, source, found[1], times, shapes)
 
 
 def _array(computation: Computation, each: Instruction, operand: int) -> Shape:

@@ -30,6 +30,7 @@ _CALLED = re.compile(
     r"|\b(?:branch_computations|called_computations|calls)=\{([^}]*)\}"
 )
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
+_NEARBY = 8
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 
 
@@ -213,14 +214,32 @@ class Module:
         }
 
     def described(self, computation: Computation, instruction: Instruction) -> Instruction:
-        """The instruction, or the innermost one around it that says where it comes from.
+        """The instruction, or the nearest inside or around it that says where it comes from.
 
-        What a compiler pass builds anew inside a fusion carries no metadata; the fusion does.
+        What a compiler pass builds anew carries no metadata; the fusion around it, or the root of the
+        fusion that it is, mostly does.
         """
-        around = (computation, instruction)
+        inside = instruction
+        while not inside.op_name and inside.opcode == "fusion":
+            inside = self.computations[inside.called[0]].root
+        around = (computation, inside if inside.op_name else instruction)
         while not around[1].op_name and around[0].name in self._callers:
             around = self._callers[around[0].name]
         return around[1] if around[1].op_name else instruction
+
+    def nearby_source(self, computation: Computation, instruction: Instruction) -> Source | None:
+        """The line behind what an instruction reads, for one that states no line of its own."""
+        for _ in range(_NEARBY):
+            if not instruction.operands:
+                return None
+            instruction = computation[instruction.operands[0]]
+            # The name of a parameter's metadata is the argument's; its frame, if any, is the call.
+            if instruction.opcode == "parameter":
+                return None
+            found = self.source(instruction)
+            if found:
+                return found
+        return None
 
     def source(self, instruction: Instruction) -> Source | None:
         """The innermost line of our code on the instruction's stack; None where it has none."""

@@ -95,3 +95,14 @@ def leaves(shape: Shape | tuple) -> tuple[Shape, ...]:
     if isinstance(shape, Shape):
         return (shape,)
     return tuple(leaf for part in shape for leaf in leaves(part))
+
+
+def leaf_place(shape: Shape | tuple, index: tuple[int, ...]) -> int:
+    """The place among a shape's leaves where its part at `index` begins."""
+    place = 0
+    for step in index:
+        if isinstance(shape, Shape):
+            raise ValueError(f"the shape {shape} has no part {index}")
+        place += sum(len(leaves(part)) for part in shape[:step])
+        shape = shape[step]
+    return place
