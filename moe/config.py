@@ -277,6 +277,7 @@ def _parse(key: str, text: str, old: Any) -> Any:
 # Keys that may be None, with the types of what else they hold.
 OPTIONAL: dict[str, tuple[type, ...]] = {
     "model.logit_softcap": (float,),
+    "attention.query_block": (int,),
     "dispatch.capacity_factor": (float,),
     "dispatch.eval_capacity_factor": (float,),
     "data.vocab_size": (int,),

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from moe.errors import ConfigError
 from moe.model.experts import fan_in_init, project
+from moe.parallel.rules import cut_positions, gather_positions, sequence_shards
 
 
 class KeyValues(NamedTuple):
@@ -70,14 +72,17 @@ class Attention(nnx.Module):
         norm_eps: float,
         out_scale: float,
         causal: bool = True,
+        query_block: int | None = None,
         rngs: nnx.Rngs,
     ):
         """`qk_norm`: "none", "head" (each head, as in Qwen3) or "full" (all heads at once, as in OLMoE).
 
-        `causal`: False attends to the whole document, later tokens too.
+        `causal`: False attends to the whole document, later tokens too. `query_block`: queries that are
+        compared with all keys at a time, which bounds memory (`attend_by_block`); None: all of them.
         """
         init = fan_in_init(width)
         self.rope_base, self.qk_norm, self.causal = rope_base, qk_norm, causal
+        self.query_block = query_block
         kv = "H" if kv_heads > 1 else None  # one head for all cannot be spread
         self.wq = nnx.Param(init(rngs.params(), (width, heads, head_dim)), axes=("D", "H", None))
         self.wk = nnx.Param(init(rngs.params(), (width, kv_heads, head_dim)), axes=("D", kv, None))
@@ -139,7 +144,9 @@ class Attention(nnx.Module):
             The output (before the residual) and the cache with these positions in it.
         """
         heads = self.rotated(self.heads(x), positions)
-        out, cache = attend(heads, segments, cache, start, causal=self.causal)
+        out, cache = attend(
+            heads, segments, cache, start, causal=self.causal, query_block=self.query_block
+        )
         return self.merged(out), cache
 
 
@@ -150,12 +157,21 @@ def attend(
     start: Int[Array, ""] | None,
     *,
     causal: bool = True,
+    query_block: int | None = None,
 ) -> tuple[Float[Array, "B S H X"], KeyValues | None]:
-    """What each query head finds in its document; arguments as for `Attention`."""
-    q, k, v = heads
+    """What each query head finds in its document; arguments as for `Attention`.
+
+    Where positions are sharded, each device compares its own queries with the keys of all.
+    """
     if cache is None:
-        mask = segments[:, None, :, None] == segments[:, None, None, :]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal), None
+        heads = Heads(
+            cut_positions(heads.query), gather_positions(heads.key), gather_positions(heads.value)
+        )
+        if query_block is not None:
+            return attend_by_block(heads, segments, query_block, causal=causal), None
+        mask = segments[:, None, :, None] == gather_positions(segments)[:, None, None, :]
+        return jax.nn.dot_product_attention(*heads, mask=mask, is_causal=causal), None
+    q, k, v = heads
     assert start is not None
     mask = _cache_mask(start, q.shape[1], cache.key.shape[1])
     segment = cache.segment
@@ -164,6 +180,58 @@ def attend(
         mask = mask & (segments[:, None, :, None] == segment[:, None, None, :])
     cache = KeyValues(write(cache.key, k, start), write(cache.value, v, start), segment)
     return jax.nn.dot_product_attention(q, cache.key, cache.value, mask=mask), cache
+
+
+def attend_by_block(
+    heads: Heads, segments: Int[Array, "B S"], block: int, *, causal: bool = True
+) -> Float[Array, "B S H X"]:
+    """`attend` with `[B H block S]` weights at a time instead of `[B H S S]`.
+
+    The backward pass computes the weights of a block again, so that no block's are kept. Where
+    positions are sharded, every device works on `block` queries of its own share at a time.
+
+    Args:
+        heads: rotated; keys and values of all positions.
+        segments: document of each position.
+        block: queries at a time, at least 1; a shorter last block is filled up.
+        causal: whether queries see no later keys.
+    """
+    B, S = segments.shape
+    shards = sequence_shards(S)
+    count = -(-S // (shards * block))
+    key_segments, key_at = gather_positions(segments)[:, None, None, :], jnp.arange(S)
+
+    def cut(a: Shaped[Array, "B S ..."]) -> Shaped[Array, "count B Q ..."]:
+        a, rest = a.reshape(a.shape[0], shards, S // shards, *a.shape[2:]), a.shape[2:]
+        fill = [(0, 0), (0, 0), (0, count * block - S // shards), *[(0, 0)] * len(rest)]
+        a = jnp.pad(a, fill).reshape(a.shape[0], shards, count, block, *rest)
+        return jnp.moveaxis(a, 2, 0).reshape(count, a.shape[0], shards * block, *rest)
+
+    def one(part: tuple[Array, Array, Array]) -> Float[Array, "B Q H X"]:
+        query, segment, at = part
+        mask = segment[:, None, :, None] == key_segments
+        if causal:
+            mask = mask & (key_at[None, None, None] <= at[:, None, :, None])
+        return jax.nn.dot_product_attention(query, heads.key, heads.value, mask=mask)
+
+    parts = cut(heads.query), cut(segments), cut(key_at[None])
+    out = jax.lax.map(jax.checkpoint(one, prevent_cse=False), parts)
+    out = out.reshape(count, B, shards, block, *out.shape[3:])
+    out = jnp.moveaxis(out, 0, 2).reshape(B, shards, count * block, *out.shape[4:])
+    return out[:, :, : S // shards].reshape(heads.query.shape)
+
+
+def check(*, query_block: int | None) -> None:
+    """Checks the options of full attention.
+
+    Raises:
+        ConfigError: a block without a query.
+    """
+    if query_block is not None and query_block < 1:
+        raise ConfigError(
+            f"attention.query_block={query_block} must be at least 1 query at a time, or none for all of "
+            "them at once."
+        )
 
 
 def write(

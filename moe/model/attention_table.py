@@ -21,7 +21,7 @@ from flax import nnx
 import jax.numpy as jnp
 
 from moe.errors import ConfigError, did_you_mean
-from moe.model import block_attention, head_experts, kmeans_attention, segment_attention
+from moe.model import attention, block_attention, head_experts, kmeans_attention, segment_attention
 from moe.model.attention import Attention, KeyValues
 from moe.model.block_attention import BlockAttention
 from moe.model.head_experts import HEAD_BALANCE
@@ -75,6 +75,7 @@ ATTENTION: dict[str, AttentionKind] = {
     "full": AttentionKind(
         Attention,
         "Vaswani et al. 2017, arXiv:1706.03762; arXiv:2305.13245",
+        attention.check,
         bidirectional=True,
         gaps=True,
     ),
@@ -163,7 +164,7 @@ def check_attention(
         if option not in kind.options:
             raise ConfigError(
                 f"attention.{option} is not an option of attention.name={name!r}"
-                f"{did_you_mean(option, kind.options)}; it takes {', '.join(kind.options) or 'no options'}."
+                f"{did_you_mean(option, kind.options)}; it takes {', '.join(kind.options)}."
             )
     given = kind.options | options
     sizes = {"sequence_length": sequence_length, "heads": heads, "qk_norm": qk_norm}

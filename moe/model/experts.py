@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe.dispatch.types import Matmul
-from moe.parallel.rules import Rules, parameter_spec
+from moe.parallel.rules import Rules, parameter_spec, sequence_shards
 
 # name -> (parallel input projections, non-linearity). A gated unit multiplies two projections.
 ACTIVATIONS = {
@@ -96,14 +96,20 @@ class Experts(nnx.Module):
 
 
 def project(x: Float[Array, "B S ..."], kernel: Array, inputs: int = 1) -> Float[Array, "B S ..."]:
-    """Product over the last `inputs` axes of `x` and the first of `kernel`, in the dtype of `x`.
-
-    As one product of matrices `[T X] @ [X Y]`: XLA:CPU takes almost twice as long for the gradients
-    of the same product with `B` and `S` apart.
-    """
+    """Product over the last `inputs` axes of `x` and the first of `kernel`, in the dtype of `x`."""
     size = math.prod(kernel.shape[:inputs])
-    flat = x.reshape(-1, size) @ kernel.astype(x.dtype).reshape(size, -1)
-    return flat.reshape(*x.shape[:2], *kernel.shape[inputs:])
+    rows = token_rows(x.reshape(*x.shape[:2], size))
+    out = rows @ kernel.astype(x.dtype).reshape(size, -1)
+    return out.reshape(*x.shape[:2], *kernel.shape[inputs:])
+
+
+def token_rows(x: Float[Array, "B S X"]) -> Float[Array, "... X"]:
+    """`[T X]` for products of matrices; as it is where `S` is sharded.
+
+    XLA:CPU takes almost twice as long for the gradients of a product with `B` and `S` apart. Two
+    sharded axes cannot be joined without gathering one of them.
+    """
+    return x if sequence_shards(x.shape[1]) > 1 else x.reshape(-1, x.shape[-1])
 
 
 class MLP(nnx.Module):
@@ -125,6 +131,7 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Computes in the dtype of `x`."""
         one = ExpertParams(self.wi[...].astype(x.dtype)[None], self.wo[...].astype(x.dtype)[None])
-        rows = x.reshape(-1, x.shape[-1])  # [T D]
-        out = feed_forward(one, rows, lambda rows, weights: rows @ weights[0], self.activation)
+        out = feed_forward(
+            one, token_rows(x), lambda rows, weights: rows @ weights[0], self.activation
+        )
         return out.reshape(x.shape)

@@ -148,3 +148,28 @@ def constrain_batch(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(
         x, BATCH_SPEC if x.ndim == 1 else token_spec(mesh, x.shape[1])
     )
+
+
+def sequence_shards(length: int) -> int:
+    """Parts that `length` positions of an activation are cut into; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1
+    return 1 if length % mesh.shape[SEQUENCE] else mesh.shape[SEQUENCE]
+
+
+def cut_positions(x: Array) -> Array:
+    """`[B S ...]` with the positions cut over `sequence`, other axes as they are."""
+    return _constrain_positions(x, SEQUENCE)
+
+
+def gather_positions(x: Array) -> Array:
+    """`[B S ...]` with all positions on every device of `sequence`, other axes as they are."""
+    return _constrain_positions(x, None)
+
+
+def _constrain_positions(x: Array, axis: str | None) -> Array:
+    if sequence_shards(x.shape[1]) == 1:
+        return x
+    free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 2)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, axis, *free))

@@ -145,7 +145,7 @@ def test_top_w_clusters_are_refused_in_a_language_model():
     [
         ("blok", {}, "did you mean 'block'"),
         ("block", {"blocks": 3}, "did you mean 'block'"),
-        ("full", {"top_k": 3}, "no options"),
+        ("full", {"top_k": 3}, "it takes query_block"),
         ("block", {"block": 65}, "block=65"),
         ("block", {"block": 8, "top_k": 0}, "top_k=0"),
         ("kmeans", {"clusters": 65}, "clusters=65"),
