@@ -87,10 +87,19 @@ def default_config() -> ConfigDict:
                 "scale": 0.1,
             },  # or gate, experts
             "dispatch": {
-                "name": "grouped",  # or capacity, reference
+                "name": "grouped",  # or capacity, einsum, reference
+                # Of capacity and einsum, see moe/dispatch/capacity.py:
                 "capacity_factor": 1.25,  # training; None is dropless
                 "eval_capacity_factor": None,
-                "priority": "token_major",  # or choice_major, gate, batch, which are not causal
+                "priority": "token_major",  # or choice_major, gate, batch, ntlb: not causal
+                "group": None,  # positions of a token group; None: the whole row
+                "capacity_multiple": 1,  # that slots are rounded up to
+                "renormalize": False,  # kept gates take over the mass of dropped ones
+                # Between devices, see moe/dispatch/table.py:
+                "exchange": "auto",  # or all_to_all, ragged, all_gather
+                "buffer_factor": None,  # rows a shard can receive, of balance; None: any skew fits
+                "chunks": 1,  # parts of the tokens, one after another, to bound memory
+                "backend": "auto",  # of the grouped product: moe/dispatch/grouped_matmul.py
             },
             # Weights, and options of the losses; moe/routing/loss_table.py says what each is.
             "losses": {
@@ -280,6 +289,8 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
     "attention.query_block": (int,),
     "dispatch.capacity_factor": (float,),
     "dispatch.eval_capacity_factor": (float,),
+    "dispatch.group": (int,),
+    "dispatch.buffer_factor": (float,),
     "data.vocab_size": (int,),
     "data.weights": (dict,),
     "data.files": (str, dict),

@@ -30,7 +30,7 @@ def check_numbers(config: ConfigDict) -> None:
     require(
         config.allow_noncausal
         or config.task.name != "language"
-        or d.name != "capacity"
+        or d.name not in ("capacity", "einsum")
         or d.priority == "token_major",
         f"dispatch.priority={d.priority!r} does not seat tokens in their order, so a later token can push "
         "out an earlier one: a causal model would see its future. Use 'token_major', or set "
@@ -49,10 +49,12 @@ POSITIVE = (
     "steps log_every model.num_layers model.width model.heads model.kv_heads model.head_dim model.mlp_width "
     "model.expert_width model.num_experts router.k data.batch_size data.sequence_length "
     "optimizer.accumulation checkpoint.every checkpoint.keep_latest evaluation.every evaluation.passes "
-    "model.conv_kernel model.rope_base model.norm_eps optimizer.clip_norm optimizer.eps prior.batches"
+    "model.conv_kernel model.rope_base model.norm_eps optimizer.clip_norm optimizer.eps prior.batches "
+    "dispatch.capacity_multiple dispatch.chunks"
 ).split()
 POSITIVE_OR_NONE = (
-    "model.logit_softcap dispatch.capacity_factor dispatch.eval_capacity_factor evaluation.batches"
+    "model.logit_softcap dispatch.capacity_factor dispatch.eval_capacity_factor evaluation.batches "
+    "dispatch.group dispatch.buffer_factor"
 ).split()
 BELOW_ONE = "model.dropout optimizer.b1 optimizer.b2 prior.floor".split()
 NOT_NEGATIVE = (
@@ -72,8 +74,9 @@ ONE_OF = {
     "task.name": ("language", "classify"),
     "losses.balance_scope": ("sequence", "microbatch", "global"),
     "losses.balance_counts": ("all", "first"),
-    "dispatch.name": ("grouped", "capacity", "reference"),
-    "dispatch.priority": ("token_major", "choice_major", "gate", "batch"),
+    "dispatch.name": ("grouped", "capacity", "einsum", "reference"),
+    "dispatch.priority": ("token_major", "choice_major", "gate", "batch", "ntlb"),
+    "dispatch.exchange": ("auto", "all_to_all", "ragged", "all_gather"),
     "data.tokenizer": ("bytes", "bpe"),
     "prior.reward": ("ablation",),
     "optimizer.schedule": ("cosine", "wsd", "constant"),

@@ -21,7 +21,6 @@ from moe.data.router_valid import ROUTER_VALID
 from moe.data.tokenizers import Tokenizer
 from moe.data.types import Batch
 from moe.dispatch.table import check as check_experts
-from moe.dispatch.table import make_dispatch
 from moe.dispatch.types import Dispatch
 from moe.errors import DataError
 from moe.evaluation.causality import causality_record, has_causal_gap
@@ -29,7 +28,7 @@ from moe.evaluation.cost import cost_record
 from moe.evaluation.evaluate import EvalStep, Evaluation, evaluate, make_eval_step
 from moe.evaluation.record import evaluation_record
 from moe.model.build import ModelSize, model_spec
-from moe.model.experts import expert_specs
+from moe.model.build_dispatch import build_dispatch
 from moe.model.spec import KINDS, ModelSpec
 from moe.parallel.feed import batch_shapes, batch_shardings, process_block, to_device
 from moe.parallel.mesh import batch_shards, make_mesh
@@ -193,18 +192,7 @@ def _token_counts(config: ConfigDict, data: TextData) -> np.ndarray | None:
 
 def dispatch_for(run: Run, *, training: bool) -> Dispatch:
     """How tokens reach experts; evaluation has a capacity of its own and drops nothing by default."""
-    d = run.config.dispatch
-    name, factor = d.name, d.capacity_factor
-    if not training:
-        factor = d.eval_capacity_factor
-        name = "grouped" if name == "capacity" and factor is None else name
-    return make_dispatch(
-        name,
-        run.mesh,
-        param_specs=expert_specs(run.rules),
-        capacity_factor=factor,
-        priority=d.priority,
-    )
+    return build_dispatch(run.config, run.mesh, training=training)
 
 
 def compile_train_step(run: Run, state: TrainState) -> TrainStep:

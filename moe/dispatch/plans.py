@@ -4,6 +4,7 @@ Written in the global view: the partitioner moves rows between devices where a c
 that an array is sharded over experts and the next one says over sequences.
 """
 
+from collections.abc import Sequence
 import math
 from typing import Any
 
@@ -12,25 +13,32 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from moe.axes import BATCH_AXES, DATA, EXPERT, FSDP
+from moe.axes import BATCH_AXES, EXPERT
 from moe.dispatch.reference import batched_matmul, mix_all
 from moe.dispatch.types import Dispatch, Dispatched, ExpertFn, num_experts
 from moe.routing.types import Merging, Mixing, Plan, Slots
 
+Axes = tuple[str, ...]
+ALONE: Axes = (EXPERT,)
 BY_SEQUENCE = (BATCH_AXES,)  # [B ...]
-BY_EXPERT = (EXPERT, (DATA, FSDP))  # [E B ...]
 
 
-def by_plan(path: Dispatch, mesh: Mesh | None = None) -> Dispatch:
+def by_expert(expert_axes: Axes) -> tuple[Axes, Axes]:
+    """Mesh axes of the first two axes of `[E B ...]`."""
+    return expert_axes, tuple(name for name in BATCH_AXES if name not in expert_axes)
+
+
+def by_plan(path: Dispatch, mesh: Mesh | None = None, expert_axes: Axes = ALONE) -> Dispatch:
     """A dispatch that takes every plan: `Choices` by `path`, the others by the functions below."""
+    where: dict[str, Any] = {"mesh": mesh, "expert_axes": expert_axes}
 
     def dispatch(
         x: Float[Array, "B S D"], plan: Plan, params: Any, expert_fn: ExpertFn
     ) -> Dispatched:
         if isinstance(plan, Slots):
-            return dispatch_slots(x, plan, params, expert_fn, mesh=mesh)
+            return dispatch_slots(x, plan, params, expert_fn, **where)
         if isinstance(plan, Mixing):
-            return dispatch_mixing(x, plan, params, expert_fn, mesh=mesh)
+            return dispatch_mixing(x, plan, params, expert_fn, **where)
         if isinstance(plan, Merging):
             return dispatch_merging(x, plan, params, expert_fn, mesh=mesh)
         return path(x, plan, params, expert_fn)
@@ -45,6 +53,7 @@ def dispatch_slots(
     expert_fn: ExpertFn,
     *,
     mesh: Mesh | None = None,
+    expert_axes: Axes = ALONE,
 ) -> Dispatched:
     """Each expert works on the tokens that it named; a token named by none gets exactly 0.
 
@@ -54,13 +63,14 @@ def dispatch_slots(
       params: the experts, every leaf with a leading `E`.
       expert_fn: what one expert does to its rows.
       mesh: the devices, with the axes of `moe.axes`; None is one.
+      expert_axes: mesh axes that `E` lies on.
     """
     S, D = x.shape[1:]
     E, C = slots.token.shape[1:]
     filled = slots.valid[..., None]
     rows = jax.vmap(lambda row, token: row.at[token].get(mode="promise_in_bounds"))(x, slots.token)
     rows = jnp.where(filled, rows, 0)  # [B E C D]
-    outputs = _run_experts(rows, params, expert_fn, mesh)
+    outputs = _run_experts(rows, params, expert_fn, mesh, expert_axes)
     # Masked before the product: a gate of zero would not stop a NaN.
     parts = jnp.where(filled, outputs, 0) * slots.gate[..., None]  # float32
 
@@ -68,7 +78,7 @@ def dispatch_slots(
         zeros = jnp.zeros((S, D), part.dtype)
         return zeros.at[token.reshape(-1)].add(part.reshape(E * C, D), mode="promise_in_bounds")
 
-    y = _constrain(jax.vmap(add)(slots.token, parts).astype(x.dtype), BY_SEQUENCE, mesh)
+    y = constrain(jax.vmap(add)(slots.token, parts).astype(x.dtype), BY_SEQUENCE, mesh)
     return Dispatched(y, slots.valid)
 
 
@@ -88,6 +98,7 @@ def dispatch_mixing(
     expert_fn: ExpertFn,
     *,
     mesh: Mesh | None = None,
+    expert_axes: Axes = ALONE,
 ) -> Dispatched:
     """Experts work on mixtures of tokens: `y = combine @ expert(dispatch^T @ x)`, row by row.
 
@@ -99,14 +110,14 @@ def dispatch_mixing(
     mixed = jnp.einsum(
         "bsp,bsd->bpd", mixing.dispatch, x, preferred_element_type=jnp.float32
     ).astype(x.dtype)
-    outputs = _run_experts(mixed.reshape(B, E, -1, D), params, expert_fn, mesh)
+    outputs = _run_experts(mixed.reshape(B, E, -1, D), params, expert_fn, mesh, expert_axes)
     y = jnp.einsum(
         "bsp,bpd->bsd",
         mixing.combine,
         outputs.reshape(B, -1, D),
         preferred_element_type=jnp.float32,
     )
-    y = _constrain(y.astype(x.dtype), BY_SEQUENCE, mesh)
+    y = constrain(y.astype(x.dtype), BY_SEQUENCE, mesh)
     return Dispatched(y, jnp.ones(mixing.dispatch.shape, bool))
 
 
@@ -154,12 +165,12 @@ def dispatch_merging(
         merged = jnp.einsum(
             "bme,e...->bm...", merging.weight, leaf, preferred_element_type=jnp.float32
         )
-        merged = _constrain(merged.astype(leaf.dtype), BY_SEQUENCE, mesh)
+        merged = constrain(merged.astype(leaf.dtype), BY_SEQUENCE, mesh)
         return merged.reshape(B * M, *leaf.shape[1:])
 
     rows = jnp.pad(x, ((0, 0), (0, M * length - S), (0, 0))).reshape(B * M, length, D)
     outputs = expert_fn(jax.tree.map(merge, params), rows, batched_matmul)
-    y = _constrain(outputs.reshape(B, M * length, D)[:, :S].astype(x.dtype), BY_SEQUENCE, mesh)
+    y = constrain(outputs.reshape(B, M * length, D)[:, :S].astype(x.dtype), BY_SEQUENCE, mesh)
     return Dispatched(y, jnp.ones(merging.weight.shape, bool))
 
 
@@ -181,21 +192,26 @@ def reference_merging(
 
 
 def _run_experts(
-    rows: Float[Array, "B E C D"], params: Any, expert_fn: ExpertFn, mesh: Mesh | None
+    rows: Float[Array, "B E C D"],
+    params: Any,
+    expert_fn: ExpertFn,
+    mesh: Mesh | None,
+    expert_axes: Axes,
 ) -> Float[Array, "B E C D"]:
     B, E, C, D = rows.shape
-    rows = _constrain(rows.swapaxes(0, 1), BY_EXPERT, mesh)
+    rows = constrain(rows.swapaxes(0, 1), by_expert(expert_axes), mesh)
     outputs = expert_fn(params, rows.reshape(E, B * C, D), batched_matmul)
-    outputs = _constrain(outputs.reshape(E, B, C, D), BY_EXPERT, mesh)
-    return _constrain(outputs.swapaxes(0, 1), BY_SEQUENCE, mesh)
+    outputs = constrain(outputs.reshape(E, B, C, D), by_expert(expert_axes), mesh)
+    return constrain(outputs.swapaxes(0, 1), BY_SEQUENCE, mesh)
 
 
-def _constrain(x: Array, leading: tuple, mesh: Mesh | None) -> Array:
+def constrain(x: Array, leading: Sequence[Axes], mesh: Mesh | None) -> Array:
     """Shards the first axes of `x` as `leading` says; leaves the others to the partitioner."""
     if mesh is None or mesh.size == 1:
         return x
     free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - len(leading))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*leading, *free)))
+    spec = PartitionSpec(*[names or None for names in leading], *free)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def _one(params: Any, e: int) -> Any:

@@ -155,10 +155,12 @@ def test_raising_capacity_never_raises_drops():
 
 
 def test_slots():
-    assert slots(1.25, S=10, K=2, E=8) == 4  # ceil(3.125)
-    assert slots(None, S=10, K=2, E=8) == slots(99.0, S=10, K=2, E=8) == 10
+    assert slots(1.25, P=10, K=2, E=8) == 4  # ceil(3.125)
+    assert slots(1.25, 10, 2, 8, capacity_multiple=3) == 6
+    assert slots(None, 10, 2, 8) == slots(99.0, 10, 2, 8) == 10
+    assert slots(None, 10, 2, 8, capacity_multiple=4) == 12
     with pytest.raises(ConfigError, match=r"capacity_factor=0\.0 leaves an expert no slot"):
-        slots(0.0, S=10, K=2, E=8)
+        slots(0.0, 10, 2, 8)
 
 
 def test_sorting_is_stable_past_the_packed_range():
@@ -169,7 +171,7 @@ def test_sorting_is_stable_past_the_packed_range():
 
 
 def test_unknown_names():
-    with pytest.raises(ConfigError, match="grouped, capacity, reference"):
+    with pytest.raises(ConfigError, match="grouped, capacity, einsum, reference"):
         make_dispatch("gruped", None)
     with pytest.raises(ConfigError, match="token_major, choice_major"):
         seat(golden(1), 4, "by_gate")
