@@ -110,7 +110,7 @@ def for_each_window(
 def blocks_matmul(
     rows: Float[Array, "N X"], weights: Float[Array, "E X Y"], sizes: Int[Array, " E"]
 ) -> Float[Array, "N Y"]:
-    """The grouped product; rows beyond the last group give zero."""
+    """The grouped product; rows beyond the last group give zero and receive none, NaN included."""
 
     def visit(out: Array, window: Window) -> Array:
         matrix = lax.dynamic_index_in_dim(weights, window.group, keepdims=False)
@@ -136,8 +136,8 @@ def _backward(
         right = window.of(cotangent)
         d_rows = window.write(d_rows, lax.dot_general(right, matrix, (((1,), (1,)), ((), ()))))
         left = window.of(rows)
-        if window.is_tail:
-            left = jnp.where(window.mine, left, 0)
+        if window.is_tail:  # both, for rows of no group may hold NaN
+            left, right = (jnp.where(window.mine, part, 0) for part in (left, right))
         new = jnp.matmul(left.T, right, preferred_element_type=jnp.float32)
         if not window.is_tail:
             new += lax.dynamic_index_in_dim(d_weights, window.group, keepdims=False)

@@ -1,10 +1,11 @@
 """Grouped matrix multiplication: rows sorted by group, each times the matrix of its group.
 
-Back ends: `ragged_dot`, XLA's own on every platform and the readable twin, and `blocks`, which is
-fast on the CPU, where `ragged_dot` builds an `E x N x X` tensor.
+`BACKENDS` is the table of ways to compute it. All give the same values and gradients; what differs is the
+platform they are fast on. `ragged_dot` runs everywhere and is the readable twin of the rest.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,64 @@ from jaxtyping import Array, Float, Int
 
 from moe.dispatch.blocks import blocks_matmul
 from moe.dispatch.edges import vary_together
-from moe.errors import ConfigError
+from moe.dispatch.tpu_matmul import tpu_matmul
+from moe.errors import ConfigError, did_you_mean
 
-Backend = Callable[[Array, Array, Array], Array]
 
-BACKENDS: dict[str, Backend] = {"blocks": blocks_matmul, "ragged_dot": jax.lax.ragged_dot}
+class Backend(NamedTuple):
+    """One way to multiply."""
+
+    matmul: Callable[
+        [Array, Array, Array], Array
+    ]  # (rows [N X], weights [E X Y], sizes [E]) -> [N Y]
+    platforms: tuple[str, ...]  # where it runs
+    # Rows beyond the last group give zero, receive zero and add to no weight's gradient, NaN included.
+    # The others get the rows masked: two more passes over rows and product, each way.
+    ignores_rest: bool
+    note: str
+
+
+CPU, GPU, TPU = ("cpu",), ("gpu", "cuda", "rocm"), ("tpu",)
+
+BACKENDS: dict[str, Backend] = {
+    "blocks": Backend(
+        blocks_matmul, CPU + GPU + TPU, True, "loops over windows of rows; for the CPU"
+    ),
+    "ragged_dot": Backend(
+        jax.lax.ragged_dot,
+        CPU + GPU + TPU,
+        False,
+        "XLA's own; on the CPU it builds an E x N x X tensor, on TPU its weight gradient costs E times the "
+        "operations",
+    ),
+    "megablox": Backend(tpu_matmul, TPU, True, "Pallas kernels on TPU, by tiles of rows"),
+}
+
+DEFAULTS = dict.fromkeys(CPU, "blocks") | dict.fromkeys(GPU, "ragged_dot") | {"tpu": "megablox"}
+
+
+def default_backend(platform: str) -> str:
+    """The fastest back end of a platform, by its name in JAX: `cpu`, `gpu`, `cuda`, `rocm` or `tpu`."""
+    return DEFAULTS.get(platform, "ragged_dot")
+
+
+def check_backend(name: str, platform: str | None = None) -> None:
+    """Refuses a back end that does not exist, or that does not run on `platform`.
+
+    Raises:
+      ConfigError: it names what would do.
+    """
+    if name not in BACKENDS:
+        raise ConfigError(
+            f"dispatch.backend={name!r} is not a grouped matrix product{did_you_mean(name, BACKENDS)}; use "
+            f"one of {', '.join(sorted(BACKENDS))}, or 'auto' to choose by platform."
+        )
+    platforms = BACKENDS[name].platforms
+    if platform is not None and platform not in platforms:
+        raise ConfigError(
+            f"dispatch.backend={name!r} runs on {', '.join(platforms)} and this is {platform}; use "
+            f"{default_backend(platform)!r}, or 'auto' to choose by platform."
+        )
 
 
 def grouped_matmul(
@@ -33,25 +87,20 @@ def grouped_matmul(
       rows: sorted by group; `sum(sizes) <= N`.
       weights: one matrix a group.
       sizes: int32; a group may be empty.
-      backend: a key of `BACKENDS`; None picks by platform.
+      backend: a key of `BACKENDS`; None is the default of the platform that JAX runs on, which is not the
+        one compiled for where that is another: name it there.
 
     Raises:
       ConfigError: no back end has that name.
     """
-    backend = backend or default_backend()
-    if backend not in BACKENDS:
-        raise ConfigError(
-            f"dispatch.backend={backend!r} is not a grouped matrix product; use one of "
-            f"{', '.join(sorted(BACKENDS))}, or leave it out to choose by platform."
-        )
+    backend = backend or default_backend(jax.default_backend())
+    check_backend(backend)
     rows, weights, sizes = vary_together(rows, weights, sizes)
+    matmul, _, ignores_rest, _ = BACKENDS[backend]
+    if ignores_rest:
+        return matmul(rows, weights, sizes)
     inside = (jnp.arange(rows.shape[0]) < sizes.sum())[:, None]
     # Masked on both sides: a zero times a NaN is a NaN, so the rows must be gone before the product,
     # and the mask after it also stops the cotangents of these rows.
-    product = BACKENDS[backend](jnp.where(inside, rows, 0), weights, sizes)
+    product = matmul(jnp.where(inside, rows, 0), weights, sizes)
     return jnp.where(inside, product, 0)
-
-
-def default_backend() -> str:
-    """`blocks` on the CPU, `ragged_dot` elsewhere."""
-    return "blocks" if jax.default_backend() == "cpu" else "ragged_dot"

@@ -1,12 +1,22 @@
-"""The fast grouped product against its twin and against a plain loop, gradients included."""
+"""Every grouped product against its twin and against a plain loop, gradients included."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 import numpy as np
 import pytest
 
 from moe.dispatch.blocks import cut, ladder
-from moe.dispatch.grouped_matmul import grouped_matmul
+from moe.dispatch.grouped_matmul import (
+    BACKENDS,
+    check_backend,
+    default_backend,
+    grouped_matmul,
+)
+from moe.dispatch.tpu_matmul import tpu_matmul
+from moe.dispatch.tpu_tiles import Tiles
 from moe.errors import ConfigError
 
 N, X, Y = 203, 5, 7
@@ -16,8 +26,17 @@ SIZES = {
     "hot": [1, 195, 3, 4],
     "last": [0, 0, 0, 203],
     "nothing": [0, 0, 0, 0],
+    "tiles": [16, 48, 0, 64],  # on the borders of tiles of 16 rows
     "uneven": [67, 1, 64, 71],
 }
+# Pallas fills what a kernel has not written, and the rest of a tile beyond the rows, with NaN here.
+INTERPRETED = functools.partial(tpu_matmul, tiles=Tiles(16, 8, 8), interpret=True)
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    row = BACKENDS["megablox"]._replace(matmul=INTERPRETED)
+    monkeypatch.setitem(BACKENDS, "megablox", row)
 
 
 def loop(rows, weights, sizes):
@@ -29,33 +48,33 @@ def loop(rows, weights, sizes):
     return out
 
 
-def make(backend):
-    """One compiled function a back end: product and both gradients; sizes are traced."""
-
-    def both(rows, weights, sizes, cotangent):
-        out, pull = jax.vjp(lambda r, w: grouped_matmul(r, w, sizes, backend), rows, weights)
-        return out, *pull(cotangent)
-
-    return jax.jit(both)
+def both(backend, rows, weights, sizes, cotangent):
+    """Product and both gradients."""
+    out, pull = jax.vjp(lambda r, w: grouped_matmul(r, w, sizes, backend), rows, weights)
+    return out, *pull(cotangent)
 
 
-BOTH = {name: make(name) for name in ("blocks", "ragged_dot")}
+BOTH = {  # compiled once; the sizes are traced
+    name: jax.jit(functools.partial(both, name)) for name in ("blocks", "megablox", "ragged_dot")
+}
+FAST = ("blocks", "megablox")
 
 
 def inputs(dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(0), 3)
+    rng = np.random.default_rng(0)
     shapes = (N, X), (4, X, Y), (N, Y)
-    return [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True)]
+    return [jnp.asarray(rng.standard_normal(s), dtype) for s in shapes]
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_backends_agree(name):
+@pytest.mark.parametrize("backend", FAST)
+def test_backends_agree(backend, name):
     rows, weights, cotangent = inputs()
     total = sum(SIZES[name])
     rows = rows.at[total:].set(jnp.nan)  # beyond the last group: must not leak
     cotangent = cotangent.at[total:].set(jnp.nan)
     sizes = jnp.array(SIZES[name], jnp.int32)
-    fast, twin = (BOTH[b](rows, weights, sizes, cotangent) for b in ("blocks", "ragged_dot"))
+    fast, twin = (BOTH[b](rows, weights, sizes, cotangent) for b in (backend, "ragged_dot"))
     for a, b in zip(fast, twin, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(
@@ -63,17 +82,54 @@ def test_backends_agree(name):
     )
     assert (fast[0][total:] == 0).all()
     assert (fast[1][total:] == 0).all()
+    assert (fast[2][sizes == 0] == 0).all()
 
 
-def test_bfloat16():
+@pytest.mark.parametrize("backend", FAST)
+def test_bfloat16(backend):
     rows, weights, cotangent = inputs(jnp.bfloat16)
     sizes = jnp.array(SIZES["uneven"], jnp.int32)
-    got = BOTH["blocks"](rows, weights, sizes, cotangent)
+    got = BOTH[backend](rows, weights, sizes, cotangent)
     full = [a.astype(jnp.float32) for a in (rows, weights, cotangent)]
     want = BOTH["ragged_dot"](*full[:2], sizes, full[2])
     for a, b in zip(got, want, strict=True):
         assert a.dtype == jnp.bfloat16
         np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=2e-2, atol=2e-2 * abs(b).max())
+
+
+@pytest.mark.parametrize(
+    ("backend", "check_vma"),
+    # Pallas cannot interpret a kernel under the check: test_tpu_matmul lowers it under the check, for TPU.
+    [("blocks", True), ("megablox", False)],
+)
+def test_in_shard_map(backend, check_vma):
+    """Rows of two shards, the same weights on both, whose gradient is the sum over the shards."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("expert",))
+    shards, everywhere = PartitionSpec("expert"), PartitionSpec()
+
+    def shard(rows, weights, sizes, cotangent):
+        out, d_rows, d_weights = both(backend, rows, weights, sizes[0], cotangent)
+        return out, d_rows, d_weights if check_vma else jax.lax.psum(d_weights, "expert")
+
+    mapped = jax.shard_map(
+        shard,
+        mesh=mesh,
+        in_specs=(shards, everywhere, shards, shards),
+        out_specs=(shards, shards, everywhere),
+        check_vma=check_vma,
+    )
+    rows, weights, cotangent = inputs()
+    sizes = jnp.array([SIZES["hot"], SIZES["empty"]], jnp.int32)
+    got = jax.jit(mapped)(
+        jnp.concatenate([rows, rows[::-1]]), weights, sizes, jnp.concatenate([cotangent] * 2)
+    )
+    one, two = (
+        BOTH["ragged_dot"](r, weights, s, cotangent)
+        for r, s in zip((rows, rows[::-1]), sizes, strict=True)
+    )
+    want = jnp.concatenate([one[0], two[0]]), jnp.concatenate([one[1], two[1]]), one[2] + two[2]
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(("n", "groups"), [(203, 4), (3, 5), (1, 1), (4096, 128), (32768, 64)])
@@ -97,5 +153,16 @@ def test_windows_cover_every_row_once(n, groups):
 
 
 def test_unknown_backend():
-    with pytest.raises(ConfigError, match="blocks, ragged_dot"):
-        grouped_matmul(jnp.ones((2, 2)), jnp.ones((1, 2, 2)), jnp.array([2]), "cuda")
+    with pytest.raises(ConfigError, match=r"blocks, .*ragged_dot"):
+        grouped_matmul(jnp.ones((2, 2)), jnp.ones((1, 2, 2)), jnp.array([2]), "cutlass")
+    with pytest.raises(ConfigError, match="did you mean 'megablox'"):
+        check_backend("megablocks")
+
+
+def test_backends_of_platforms():
+    with pytest.raises(ConfigError, match="runs on tpu and this is cpu; use 'blocks'"):
+        check_backend("megablox", "cpu")
+    for platform in ("cpu", "gpu", "cuda", "rocm", "tpu", "a platform of next year"):
+        assert default_backend(platform) in BACKENDS
+    for platform in ("cpu", "gpu", "cuda", "tpu"):
+        check_backend(default_backend(platform), platform)
