@@ -161,23 +161,37 @@ def model_size(spec: ModelSpec, sequence_length: int) -> ModelSize:
     Matrix products only: every active matrix but the embedding look-up, and causal attention over
     half of the sequence. Padding, drops and recomputation do not count.
     """
-    model = nnx.eval_shape(lambda: Transformer(spec, rngs=nnx.Rngs(params=0)))
-    total = active = matrices = 0.0
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    total = active = 0.0
+    for path, variable in _parameters(spec):
         size = float(np.prod(variable.get_value().shape))
-        share = _share(spec, path)
-        total += size
         chosen = spec.router.k / spec.all_experts if "mixed" in path else 1.0  # run for all tokens
-        active += size * share * chosen
-        is_lookup = path[-1] == "embedding" and not spec.tie_embeddings
-        is_matrix = len(variable.get_metadata().get("axes", ())) >= 2
-        if is_matrix and not is_lookup and "sigmas" not in path:
-            matrices += size * share
+        total += size
+        active += size * _share(spec, path) * chosen
     # Of the tokens that go through a depth layer, each meets the same share of keys.
     depth = spec.depth_capacity**2 - 1
     layers = spec.num_layers + depth * spec.repeats * sum(k in DEPTH for k in spec.pattern)
     attention = 2 * layers * spec.heads * spec.head_dim * (sequence_length + 1) / 2
-    return ModelSize(round(total), round(active), 2.0 * (matrices + attention))
+    multiplied = sum(matrices(spec).values())
+    return ModelSize(round(total), round(active), 2.0 * (multiplied + attention))
+
+
+def matrices(spec: ModelSpec) -> dict[tuple, float]:
+    """Numbers of every matrix that one token is multiplied with on average, by the path of the parameter.
+
+    All but look-ups and sizes of noise; an expert counts by the share of tokens that choose it.
+    """
+    found = {}
+    for path, variable in _parameters(spec):
+        is_lookup = path[-1] == "embedding" and not spec.tie_embeddings
+        is_matrix = len(variable.get_metadata().get("axes", ())) >= 2
+        if is_matrix and not is_lookup and "sigmas" not in path:
+            found[tuple(path)] = float(np.prod(variable.get_value().shape)) * _share(spec, path)
+    return found
+
+
+def _parameters(spec: ModelSpec) -> list[tuple[tuple, nnx.Variable]]:
+    model = nnx.eval_shape(lambda: Transformer(spec, rngs=nnx.Rngs(params=0)))
+    return list(nnx.to_flat_state(nnx.state(model, nnx.Param)))
 
 
 def _share(spec: ModelSpec, path: tuple) -> float:
