@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from moe.dispatch.blocks import blocks_matmul
 from moe.dispatch.edges import vary_together
+from moe.dispatch.gpu_matmul import triton_matmul
 from moe.dispatch.tpu_matmul import tpu_matmul
 from moe.errors import ConfigError, did_you_mean
 
@@ -40,13 +41,14 @@ BACKENDS: dict[str, Backend] = {
         jax.lax.ragged_dot,
         CPU + GPU + TPU,
         False,
-        "XLA's own; on the CPU it builds an E x N x X tensor, on TPU its weight gradient costs E times the "
+        "XLA's own; on CPU and GPU it builds an E x N x X tensor, on TPU its weight gradient costs E times the "
         "operations",
     ),
+    "triton": Backend(triton_matmul, GPU, True, "Pallas kernels on GPU, by tiles of rows"),
     "megablox": Backend(tpu_matmul, TPU, True, "Pallas kernels on TPU, by tiles of rows"),
 }
 
-DEFAULTS = dict.fromkeys(CPU, "blocks") | dict.fromkeys(GPU, "ragged_dot") | {"tpu": "megablox"}
+DEFAULTS = dict.fromkeys(CPU, "blocks") | dict.fromkeys(GPU, "triton") | {"tpu": "megablox"}
 
 
 def default_backend(platform: str) -> str:
