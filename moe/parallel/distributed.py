@@ -26,7 +26,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "detect_cluster",
         False,
-        "Take these three from Slurm, MPI or the TPU pod.",
+        "Take these three from Slurm, Open MPI, the TPU pod or Kubernetes.",
         flag_values=values,
     )
 
@@ -58,31 +58,33 @@ def start(
             with another address it listens on all interfaces, as JAX does.
         num_processes: processes of the run.
         process_id: number of this one, from 0.
-        detect_cluster: let JAX find all three in the environment of Slurm, a TPU pod or MPI.
+        detect_cluster: let JAX find all three in the environment of Slurm, Open MPI, a TPU pod or
+            Kubernetes. Process 0 then listens on all interfaces, or on what the environment variable
+            JAX_COORDINATOR_BIND_ADDRESS (`host:port`) says.
 
     Raises:
-        ConfigError: some of the three are missing, or out of range.
+        ConfigError: some of the three are missing, or out of range; no cluster was found.
     """
     if cpu_devices is not None:
         if cpu_devices < 1:
             raise ConfigError(f"--cpu_devices={cpu_devices} must be at least 1.")
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", cpu_devices)
-    if detect_cluster:
-        jax.distributed.initialize()
-        return
     given = {
         "--coordinator_address": coordinator_address,
         "--num_processes": num_processes,
         "--process_id": process_id,
     }
+    if detect_cluster:
+        _join_cluster([name for name, value in given.items() if value is not None])
+        return
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
         return
     if coordinator_address is None or num_processes is None or process_id is None:
         raise ConfigError(
             f"{', '.join(missing)} missing: a run of several processes needs {', '.join(given)}, or "
-            "--detect_cluster under Slurm, MPI or on a TPU pod."
+            "--detect_cluster under Slurm, Open MPI or on a TPU pod."
         )
     if not 0 <= process_id < num_processes:
         raise ConfigError(
@@ -95,6 +97,22 @@ def start(
         coordinator_bind_address=coordinator_address if is_loopback(coordinator_address) else None,
         initialization_timeout=120,
     )
+
+
+def _join_cluster(given: list[str]) -> None:
+    if given:
+        raise ConfigError(
+            f"--detect_cluster with {', '.join(given)}: the cluster tells all three. Leave out one or "
+            "the other."
+        )
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        raise ConfigError(
+            f"--detect_cluster found no cluster ({error}) It reads the variables that srun, mpirun, a TPU pod "
+            "or Kubernetes sets for each process: start the processes by one of them, or give "
+            "--coordinator_address, --num_processes and --process_id."
+        ) from error
 
 
 def is_loopback(address: str) -> bool:
