@@ -54,7 +54,7 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = resolve_sizes([data, fsdp, expert, sequence, tensor], len(devices))
-    groups = _split_slices(devices, slices)
+    groups = split_slices(devices, slices)
     if sizes[0] % slices:
         raise ConfigError(
             f"mesh.data={sizes[0]} is not divisible by mesh.slices={slices}: data is the axis that crosses "
@@ -71,7 +71,7 @@ def make_mesh(
     return Mesh(np.concatenate(grids), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def _split_slices(devices: list[Any], slices: int) -> list[list[Any]]:
+def split_slices(devices: list[Any], slices: int) -> list[list[Any]]:
     """The devices of each slice, by the index that devices carry, else in consecutive blocks."""
     if slices < 1 or len(devices) % slices:
         raise ConfigError(
