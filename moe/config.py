@@ -167,6 +167,7 @@ def default_config() -> ConfigDict:
                 "b1": 0.9,
                 "b2": 0.95,
                 "eps": 1e-8,
+                "moment_dtype": "float32",  # or bfloat16: half of the memory of Adam's moments
                 "clip_norm": 1.0,
                 "accumulation": 1,  # microbatches a step
             },

@@ -80,6 +80,7 @@ ONE_OF = {
     "data.tokenizer": ("bytes", "bpe"),
     "prior.reward": ("ablation",),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
+    "optimizer.moment_dtype": ("float32", "bfloat16"),
 }
 
 

@@ -1,6 +1,6 @@
 """What `train.py` and `eval.py` both build from a config, in the order in which mistakes are cheap."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 import hashlib
 import time
@@ -10,7 +10,7 @@ import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, ArrayLike, Int, PyTree
 import numpy as np
 import optax
 
@@ -59,7 +59,7 @@ class Run(NamedTuple):
 
     config: ConfigDict
     mesh: Mesh
-    data: TextData
+    data: TextData | Any  # None where a run is only planned
     spec: ModelSpec
     skeleton: Skeleton
     transformation: optax.GradientTransformation
@@ -91,35 +91,79 @@ def set_up(
         ConfigError: a combination that cannot work.
         DataError: data that cannot be read.
     """
-    sizes = config.mesh.to_dict()
-    rules = find_rules(sizes.pop("rules"))
-    mesh = make_mesh(**sizes)
-    _check_batch(config, mesh)
-    # Fails before the data is prepared; the real vocabulary is not needed for the checks.
-    model_spec(config, vocab_size=1, training=training)
-    if any(KINDS[kind] for kind in config.model.pattern):
-        check_experts(config.model.num_experts, mesh, rules.expert_axes)
-        if not config.allow_noncausal and config.task.name == "language":
-            check_causal(config.router.name)
-    if training:
-        _check_prior(config)
+    mesh = mesh_of(config)
+    check_layout(config, mesh, training=training)
     if data is None:
         carved = config.prior.every > 0
         data = make_data(config.data, seed=config.seed, tokenizer=tokenizer, router_valid=carved)
         _check_same_data(data.fingerprint)
-    spec = model_spec(
+    return assemble(
         config,
-        data.tokenizer.vocab_size,
-        _token_counts(config, data),
+        mesh,
+        vocab_size=data.tokenizer.vocab_size,
+        token_bytes=data.tokenizer.token_bytes,
+        token_counts=_token_counts(config, data),
         classes=len(data.domains) if config.task.name == "classify" else 0,
+        data=data,
         training=training,
     )
+
+
+def mesh_of(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of the config over these devices; None takes all of this process's run."""
+    sizes = config.mesh.to_dict()
+    sizes.pop("rules")
+    return make_mesh(**sizes, devices=devices)
+
+
+def check_layout(config: ConfigDict, mesh: Mesh, *, training: bool = True) -> None:
+    """Refuses what the config alone shows to be impossible on this mesh, before any data is touched.
+
+    Raises:
+        ConfigError: a combination that cannot work.
+    """
+    _check_batch(config, mesh)
+    # The real vocabulary is not needed for the checks.
+    model_spec(config, vocab_size=1, training=training)
+    if any(KINDS[kind] for kind in config.model.pattern):
+        check_experts(config.model.num_experts, mesh, find_rules(config.mesh.rules).expert_axes)
+        if not config.allow_noncausal and config.task.name == "language":
+            check_causal(config.router.name)
+    if training:
+        _check_prior(config)
+
+
+def assemble(
+    config: ConfigDict,
+    mesh: Mesh,
+    *,
+    vocab_size: int,
+    token_bytes: ArrayLike | None = None,
+    token_counts: np.ndarray | None = None,
+    classes: int = 0,
+    data: TextData | None = None,
+    training: bool = True,
+) -> Run:
+    """The run of a checked config; nothing of the model is allocated.
+
+    Args:
+        config: complete config.
+        mesh: the devices, which need not be there.
+        vocab_size: rows of the embedding.
+        token_bytes: `[V]` bytes that each id stands for; None: one.
+        token_counts: `[V]` how often each id occurs, for balanced hash tables.
+        classes: of a classifier of rows.
+        data: where batches come from; None where none are read.
+        training: whether to refuse what only training cannot do.
+    """
+    spec = model_spec(config, vocab_size, token_counts, classes=classes, training=training)
     skeleton = make_skeleton(spec)
     o = config.optimizer
-    transformation = optimizer_lib.adam(b1=o.b1, b2=o.b2, eps=o.eps)
-    shardings = state_shardings(skeleton, transformation, mesh, rules)
-    token_bytes = jnp.asarray(data.tokenizer.token_bytes, jnp.int32)
-    run = Run(config, mesh, data, spec, skeleton, transformation, shardings, token_bytes)
+    transformation = optimizer_lib.adam(b1=o.b1, b2=o.b2, eps=o.eps, moment_dtype=o.moment_dtype)
+    shardings = state_shardings(skeleton, transformation, mesh, find_rules(config.mesh.rules))
+    sizes = np.ones(vocab_size) if token_bytes is None else token_bytes
+    sizes = jnp.asarray(sizes, jnp.int32)
+    run = Run(config, mesh, data, spec, skeleton, transformation, shardings, sizes)
     dispatch_for(run, training=training)  # an unknown name shows here
     return run
 

@@ -91,3 +91,19 @@ def test_update_is_adamw(clip_norm):
         assert float(done.grad_norm) == pytest.approx(norm, rel=1e-5), "before clipping"
     assert float(done.learning_rate) == pytest.approx(0.05)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), ours, theirs)
+
+
+def test_bfloat16_moments_are_kept_small_and_computed_large():
+    params = {"w": jnp.linspace(-1.0, 1.0, 64).reshape(8, 8)}
+    whole = optimizer.adam(b1=0.9, b2=0.95, eps=1e-8)
+    half = optimizer.adam(b1=0.9, b2=0.95, eps=1e-8, moment_dtype="bfloat16")
+    states = [whole.init(params), half.init(params)]
+    assert {a.dtype for a in jax.tree.leaves(states[1].mu)} == {jnp.dtype("bfloat16")}
+    for step in range(20):
+        grads = {"w": jnp.cos(params["w"] * (step + 1))}
+        expected, states[0] = whole.update(grads, states[0], params)
+        found, states[1] = half.update(grads, states[1], params)
+    assert found["w"].dtype == jnp.float32
+    assert states[1].nu["w"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(found["w"], expected["w"], atol=0.03)
+    assert not np.array_equal(found["w"], expected["w"])

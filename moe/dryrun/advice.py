@@ -1,0 +1,103 @@
+"""Sentences about a dry run: why it does not fit, what wastes most, and what to change."""
+
+from typing import Any
+
+from moe import setup
+
+WASTE = 1.03  # compiled FLOPs over the least, beyond which it is said
+EXTRA = 1.1  # exchanged bytes over the least
+
+
+def advice(run: setup.Run, record: dict[str, Any]) -> list[str]:
+    """What a reader should do next, the weightiest first; empty where nothing stands out."""
+    found = [] if record["memory"]["fits"] else misfit(run, record)
+    found += wasted(record)
+    return found
+
+
+def misfit(run: setup.Run, record: dict[str, Any]) -> list[str]:
+    """Why the step does not fit, and changes that would help, by what takes most memory."""
+    memory = record["memory"]
+    state, limit = sum(memory["state"].values()), memory["limit"]
+    total = memory.get("total")
+    size = "more than a device has" if total is None else f"{gib(total)} of {gib(limit)}"
+    said = [
+        f"It does not fit: {size}, of which parameters, moments and router state take {gib(state)}."
+    ]
+    if state > 0.6 * limit:
+        said.append(state_fix(run))
+    if state < 0.9 * limit:
+        said += activation_fixes(run)
+    return said
+
+
+def state_fix(run: setup.Run) -> str:
+    """How to spread the state over more devices."""
+    config = run.config
+    rules = config.mesh.rules
+    cut = {"separate": "folded or hybrid", "zero1": "separate, folded or hybrid"}.get(rules)
+    fix = "Use more devices along mesh.fsdp or mesh.expert"
+    if cut:
+        fix += f", mesh.rules={cut} (now {rules}), which cuts what this one keeps whole"
+    if config.optimizer.moment_dtype == "float32":
+        fix += ", or optimizer.moment_dtype=bfloat16, which halves the moments"
+    return fix + "."
+
+
+def activation_fixes(run: setup.Run) -> list[str]:
+    """How to hold fewer activations."""
+    config, said = run.config, []
+    rows = config.data.batch_size // config.optimizer.accumulation
+    per_device = rows * run.mesh.shape["tensor"] * run.mesh.shape["sequence"] / run.mesh.size
+    if run.spec.remat != "full":
+        said.append(
+            f"Set model.remat=full (now {run.spec.remat}): keep only the routing decisions."
+        )
+    if per_device > 1:
+        said.append(
+            f"Each device holds {per_device:.0f} rows at once: raise optimizer.accumulation (now "
+            f"{config.optimizer.accumulation}), or lower data.batch_size."
+        )
+    if config.attention.get("query_block", 0) is None:
+        said.append(
+            f"Attention keeps {run.spec.heads} x {config.data.sequence_length}^2 scores a row: set "
+            "attention.query_block=512."
+        )
+    if config.dispatch.name == "grouped" and config.dispatch.buffer_factor is None:
+        said.append(
+            "The exchange has room for every row to reach one shard: set dispatch.buffer_factor=1.25, which "
+            "drops (and counts) what a shard cannot take, or dispatch.chunks."
+        )
+    return said or ["Use more devices, or a mesh.sequence or mesh.tensor above 1."]
+
+
+def wasted(record: dict[str, Any]) -> list[str]:
+    """FLOPs, bytes and rows beyond the least."""
+    said = []
+    work, sent, waste = record.get("flops"), record.get("collectives"), record.get("waste")
+    if work and work["ratio"] > WASTE:
+        place, cost = next(iter(work["places"].items()))
+        said.append(
+            f"The step computes {work['ratio']:.2f} times the least. Its largest product, {place}, takes "
+            f"{cost / work['compiled']:.0%} of it; compare flops.places with flops.parts_ideal."
+        )
+    if sent and (sent["exchange_ratio"] or 0) > EXTRA:
+        said.append(
+            f"The exchange sends {sent['exchange_ratio']:.2f} times the least: empty slots travel too. Use "
+            "dispatch.name=grouped with dispatch.exchange=ragged, or a smaller dispatch.capacity_factor."
+        )
+    if sent and sent["largest_weight_gather"] >= 1:
+        said.append(
+            "Some all-gather brings all experts of a layer to one device: spread E over more axes "
+            "(mesh.rules=folded) instead of cutting D of the experts."
+        )
+    if waste and waste["drops"] > 0.01:
+        said.append(
+            f"At even random choices {waste['drops']:.1%} of them are dropped ({waste['what']})."
+        )
+    return said
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB."""
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,229 @@
+"""The record of a dry run: one JSON-ready dict, the same keys for every target."""
+
+from collections import defaultdict
+import math
+from typing import Any
+
+from moe import setup
+from moe.dryrun import buffers, collectives, flops, hlo, ideal, roofline, traffic
+from moe.dryrun.advice import advice
+from moe.dryrun.build import Compiled, used_and_limit
+from moe.dryrun.targets import Target
+from moe.dryrun.waste import expected_waste
+from moe.model.build import model_size
+from moe.training.state import abstract_state
+from moe.training.workdir import package_versions
+
+EXCHANGES = ("all-to-all", "ragged-all-to-all")
+XLA_PRODUCTS = ("dot", "ragged-dot", "convolution", "cublas")
+TOP = 12
+
+
+def make_record(target: Target, compiled: Compiled) -> dict[str, Any]:
+    """Everything the dry run found, per device and step unless said otherwise; bytes, FLOPs, seconds."""
+    run, config = compiled.run, compiled.run.config
+    tokens = config.data.batch_size * config.data.sequence_length
+    size = model_size(run.spec, config.data.sequence_length)
+    record: dict[str, Any] = {
+        "target": target.name,
+        "devices": run.mesh.size,
+        "mesh": {name: int(n) for name, n in run.mesh.shape.items() if n > 1},
+        "rules": config.mesh.rules,
+        "dispatch": config.dispatch.to_dict(),
+        "tokens": tokens,
+        "model": {
+            "parameters_total": size.parameters_total,
+            "parameters_active": size.parameters_active,
+        },
+        "seconds_to_compile": compiled.seconds,
+        "versions": package_versions(),
+    }
+    shapes = abstract_state(run.spec, run.transformation, run.shardings)
+    record["memory"] = memory(target, compiled, ideal.state_bytes(run.shardings, shapes))
+    record["waste"] = _named(expected_waste(run, tokens))
+    if compiled.text is not None:
+        record |= measured(target, run, hlo.parse(compiled.text), tokens, record["memory"])
+    record["advice"] = advice(run, record)
+    return record
+
+
+def memory(target: Target, compiled: Compiled, state: dict[str, int]) -> dict[str, Any]:
+    """What fills the memory of a device, and whether it fits."""
+    limit = target.figures.memory if target.figures else None
+    parts: dict[str, Any] = {"limit": limit, "state": state}
+    if compiled.memory is None:
+        parts |= {"fits": False, "compiler": (compiled.failure or "")[:4000]}
+        wanted = used_and_limit(compiled.failure or "")
+        return parts | ({} if wanted is None else {"total": wanted[0], "limit": wanted[1]})
+    m = compiled.memory
+    total = m["argument"] + m["output"] - m["alias"] + m["temp"] + m["generated_code"]
+    parts |= {"fits": limit is None or total <= limit, "total": total, **m}
+    return parts
+
+
+def measured(
+    target: Target, run: setup.Run, module: hlo.Module, tokens: int, memory: dict[str, Any]
+) -> dict[str, Any]:
+    """What the compiled module does."""
+    found = collectives.collectives(module, dict(run.mesh.shape))
+    work = products(run, module, tokens)
+    moved = traffic.memory_traffic(module)
+    out = {
+        "flops": work,
+        "memory_traffic": moved,
+        "collectives": network(run, found, tokens),
+        **at_peak(module),
+    }
+    if target.figures is not None:
+        line = roofline.roofline(target.figures, run.mesh, work["compiled"], moved, found)
+        useful = work["ideal"] - work["recompute_ideal"]
+        out["roofline"] = line._asdict() | {
+            "step": line.seconds,
+            "bound": line.bound,
+            "in_turn": sum(line),
+            "tokens_per_second": tokens / line.seconds,
+            "utilisation": roofline.utilisation(target.figures, useful, line.seconds),
+            "source": target.figures.source,
+        }
+    return out
+
+
+def products(run: setup.Run, module: hlo.Module, tokens: int) -> dict[str, Any]:
+    """FLOPs of the compiled step against the least, and where they are spent.
+
+    A grouped kernel has a fixed number of rows and works on those that its sizes name: it counts with
+    the rows of even load.
+    """
+    S = run.config.data.sequence_length
+    parts = ideal.ideal_parts(run.spec, tokens, S)
+    n = run.mesh.size
+    least = sum(part.total for part in parts) / n
+    again = sum(part.recompute for part in parts) / n
+    found = flops.products(module)
+    share = kernel_share(run, found, tokens)
+    spent: dict[str, float] = defaultdict(float)
+    phases: dict[str, float] = defaultdict(float)
+    for each in found:
+        cost = each.flops_each * each.count * (share if is_kernel(each) else 1.0)
+        spent[_place(each)] += cost
+        phases[each.phase] += cost
+    compiled = sum(spent.values())
+    return {
+        "compiled": compiled,
+        "ideal": least,
+        "ratio": compiled / least,
+        "recompute_ideal": again,
+        "causal_saving": ideal.causal_saving(run.spec, tokens, S) / n,
+        "kernel_share": share,
+        "phases": dict(phases),
+        "parts_ideal": {part.name: part.total / n for part in parts},
+        "places": dict(sorted(spent.items(), key=lambda kv: -kv[1])[:TOP]),
+    }
+
+
+def is_kernel(product: flops.Product) -> bool:
+    """Whether it is a grouped product by a kernel of ours, whose work follows its sizes."""
+    return product.kind not in XLA_PRODUCTS
+
+
+def kernel_share(run: setup.Run, found: list[flops.Product], tokens: int) -> float:
+    """Rows at even load over the rows that the kernels' buffers have room for."""
+    ideal_rows = tokens * run.spec.router.k / (run.mesh.size / run.mesh.shape["tensor"])
+    chunks = run.config.dispatch.chunks
+    rows = [
+        each.shapes[-1].dims[0]
+        for each in found
+        if is_kernel(each) and len(each.shapes[-1].dims) == 2
+    ]
+    return min(ideal_rows / chunks / max(rows), 1.0) if rows else 1.0
+
+
+def network(run: setup.Run, found: list[collectives.Collective], tokens: int) -> dict[str, Any]:
+    """Bytes sent by a device, by kind, axes and line; and the least for each purpose beside it."""
+    groups: dict[tuple, dict[str, Any]] = {}
+    for each in found:
+        key = (each.kind, each.axes, each.phase, str(each.source or ""))
+        row = groups.setdefault(
+            key,
+            {
+                "kind": each.kind,
+                "axes": list(each.axes),
+                "phase": each.phase,
+                "source": key[3],
+                "count": 0,
+                "bytes": 0,
+            },
+        )
+        row["count"] += each.count
+        row["bytes"] += each.count * each.wire_bytes
+    rows = sorted(groups.values(), key=lambda row: -row["bytes"])
+    sums = {"exchange": 0, "gather": 0, "reduce": 0, "other": 0}
+    for row in rows:
+        sums[purpose(row["kind"])] += row["bytes"]
+    least = {t.purpose: t._asdict() for t in ideal.ideal_traffic(run, tokens)}
+    exchange = least["exchange"]["bytes"]
+    return {
+        "rows": rows,
+        "sums": sums,
+        "least": least,
+        "exchange_ratio": sums["exchange"] / exchange if exchange else None,
+        "largest_weight_gather": weight_gather(run, found),
+    }
+
+
+def purpose(kind: str) -> str:
+    """What a kind of collective is for in these programs."""
+    if kind in EXCHANGES:
+        return "exchange"
+    return {"all-gather": "gather", "all-reduce": "reduce", "reduce-scatter": "reduce"}.get(
+        kind, "other"
+    )
+
+
+def weight_gather(run: setup.Run, found: list[collectives.Collective]) -> float:
+    """Numbers of the largest all-gather over numbers of one layer's experts, all of them.
+
+    1 or more: some collective brings every expert of a layer to one device.
+    """
+    spec = run.spec
+    if not spec.sparse_layers:
+        return 0.0
+    wo = spec.num_experts * spec.expert_width * spec.width
+    sizes = [math.prod(s.dims) for each in found if each.kind == "all-gather" for s in each.shapes]
+    return max(sizes, default=0) / wo
+
+
+def at_peak(module: hlo.Module) -> dict[str, Any]:
+    """The moment that needs most temporary memory, and the largest arrays of the step."""
+    moment = buffers.peak(module)
+    kinds: dict[str, int] = defaultdict(int)
+    for each in moment.buffers:
+        kinds[_kind(each)] += each.bytes
+    return {
+        "peak": {"bytes": moment.bytes, "at": moment.at, "by": dict(kinds)},
+        "buffers": [_buffer(each) for each in moment.buffers[:TOP]],
+    }
+
+
+def _kind(each: buffers.Buffer) -> str:
+    """Activations wait for the backward pass; gradients and work of the moment are temporaries."""
+    return "activations" if each.phase == "forward" else "temporaries"
+
+
+def _buffer(each: buffers.Buffer) -> dict[str, Any]:
+    return {
+        "bytes": each.bytes,
+        "shape": str(each.shape).split("{")[0],
+        "phase": each.phase,
+        "source": str(each.source or ""),
+        "op": each.op_name,
+    }
+
+
+def _place(each: flops.Product) -> str:
+    last = "/".join(each.op_name.split("/")[-2:])
+    return f"{each.source or ''} {last} ({each.phase})".strip()
+
+
+def _named(value: Any) -> dict[str, Any] | None:
+    return None if value is None else value._asdict()
