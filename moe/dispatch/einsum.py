@@ -75,12 +75,13 @@ def seats(
     G, P, K, E = chosen.shape
     valid = chosen.any(-1)
     importance = jnp.where(valid, jax.lax.stop_gradient(gate), -1.0)
-    token, k = jnp.broadcast_to(jnp.arange(P)[:, None], (P, K)), jnp.arange(K)
+    token, k = jnp.arange(P)[:, None], jnp.arange(K)[None]  # [P 1], [1 K]
+    sure = jnp.argsort(jnp.argsort(-importance.max(-1)))[..., None]  # [G P 1], 0 for the surest
     queues = {
         "token_major": token * K + k,
         "choice_major": k * P + token,
         "gate": -importance,
-        "batch": k * P + jnp.argsort(jnp.argsort(-importance.max(-1)))[..., None],
+        "batch": (k * P)[None] + sure,
     }
     if priority not in queues:
         raise ConfigError(

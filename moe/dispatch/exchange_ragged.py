@@ -75,7 +75,8 @@ def share(asked: Int[Array, "n n"], R: int) -> Int[Array, "n n"]:
     """Rows of sender `i` that shard `j` takes: all, or of every sender's the share that fits `R`."""
     total = asked.sum(0)
     ratio = R / jnp.maximum(total, 1).astype(jnp.float32)
-    return jnp.where(total <= R, asked, jnp.floor(asked * ratio).astype(asked.dtype))
+    part = jnp.floor(asked * ratio[None]).astype(asked.dtype)
+    return jnp.where((total <= R)[None], asked, part)
 
 
 def plan_transfer(

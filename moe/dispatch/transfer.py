@@ -56,11 +56,11 @@ def stand_in(rows: Float[Array, "N D"], length: int, transfer: Transfer, axes: A
     everything = lax.all_gather(rows, axes)  # [n N D]
     row = jnp.arange(length)
     begins, sizes = transfer.arrival_offsets[:, None], transfer.recv_sizes[:, None]
-    from_sender = (row >= begins) & (row < begins + sizes)  # [n R]
-    sender = jnp.argmax(from_sender, axis=0)
+    sent = (row[None] >= begins) & (row[None] < begins + sizes)  # [n R]
+    sender, filled = jnp.argmax(sent, axis=0), sent.any(axis=0)
     at = transfer.origin_offsets[sender] + row - transfer.arrival_offsets[sender]
-    found = everything[sender, jnp.where(from_sender.any(0), at, 0)]
-    return jnp.where(from_sender.any(0)[:, None], found, 0)
+    found = everything[sender, jnp.where(filled, at, 0)]
+    return jnp.where(filled[:, None], found, 0)
 
 
 Collective = Callable[[Array, int, Transfer, Axes], Array]
