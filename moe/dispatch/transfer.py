@@ -46,9 +46,9 @@ def back(transfer: Transfer) -> Transfer:
 
 def native(rows: Float[Array, "N D"], length: int, transfer: Transfer, axes: Axes) -> Array:
     """The platform's collective; rows of the result that nobody sends are 0."""
-    output = jnp.zeros((length, *rows.shape[1:]), rows.dtype)
-    rows, output, *offsets = vary_over(axes, rows, output, *transfer[:4])
-    return lax.ragged_all_to_all(rows, output, *offsets, axis_name=axes)
+    # The collective says of its result what it is told of the buffer: that it varies as the rows do.
+    output, _ = vary_together(jnp.zeros((length, *rows.shape[1:]), rows.dtype), rows)
+    return lax.ragged_all_to_all(rows, output, *transfer[:4], axis_name=axes)
 
 
 def stand_in(rows: Float[Array, "N D"], length: int, transfer: Transfer, axes: Axes) -> Array:
