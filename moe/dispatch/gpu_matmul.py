@@ -17,27 +17,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe.dispatch.edges import vary_together
+from moe.dispatch.gpu_tiles import STAGES, Tiles, gradient_tiles, product_tiles
 
 LARGEST_N = 2**31 - 2**16  # rows, and the last tile's rows beyond them, are counted in int32
-ROW_TILES = (128, 64, 32, 16)
-STAGES = 3  # steps whose operands are on their way into shared memory at once; 144 KiB for the largest tile
 BAND = 8  # tiles of rows that run beside one another, so that they find their matrix in the cache
 
 Ref = Any
 Index = Any  # a traced int32, or an int
-
-
-class Tiles(NamedTuple):
-    """Lengths of a program's part of the output and of the steps in which it sums; powers of two."""
-
-    rows: int
-    columns: int
-    summed: int
-
-    @property
-    def warps(self) -> int:
-        """A warp group of 4 for each 128 x 128 part of the output: its sums fill the registers."""
-        return max(4, min(8, self.rows * self.columns // 4096))
 
 
 class Visits(NamedTuple):
@@ -58,7 +44,8 @@ def triton_matmul(
     """The grouped product; rows beyond the last group give zero and receive none, NaN included.
 
     Sums are float32. Products of float32 are rounded to TF32 first unless `jax_default_matmul_precision`
-    says otherwise, like every other product on GPU. `padded_rows` counts the rows that are multiplied.
+    says otherwise, like every other product on GPU. `gpu_tiles.padded_rows` counts the rows
+    that are multiplied.
 
     Args:
       rows: sorted by group; bfloat16, float16 or float32.
@@ -102,36 +89,6 @@ def _backward(
 
 
 _matmul.defvjp(_forward, _backward)
-
-
-def product_tiles(N: int, E: int, Y: int, itemsize: int) -> Tiles:
-    """Of `[N X]` by `[E X Y]`: at most half of the mean group in rows, since a group's last tile is padded."""
-    rows = next((tile for tile in ROW_TILES if 2 * tile * E <= N), ROW_TILES[-1])
-    return Tiles(rows, _part(Y, 256), _step(itemsize))
-
-
-def gradient_tiles(X: int, Y: int, itemsize: int) -> Tiles:
-    """Of the sum over rows `[N X]` by `[N Y]`."""
-    return Tiles(_part(X, 128), _part(Y, 256), _step(itemsize))
-
-
-def _part(size: int, limit: int) -> int:
-    """The matrix units take no part shorter than 16."""
-    return max(16, min(limit, pl.next_power_of_2(size)))
-
-
-def _step(itemsize: int) -> int:
-    """128 bytes of each operand's row: a cache line, and what one matrix instruction reads."""
-    return 128 // itemsize
-
-
-def padded_rows(sizes: Int[Array, " E"], tile: int) -> Int[Array, ""]:
-    """Rows that are multiplied for groups of these sizes: every group's last tile is filled up.
-
-    Twice this times `X * Y` are the operations of the product and of the rows' gradient. The weights'
-    gradient fills up each group to a multiple of its `summed` step.
-    """
-    return (pl.cdiv(sizes, tile) * tile).sum()
 
 
 def schedule(sizes: Int[Array, " E"], N: int, tile: int) -> Visits:
@@ -188,18 +145,9 @@ def product(
     return call(*visits, rows, weights)
 
 
-def _product_kernel(
-    group_ref: Ref,
-    start_ref: Ref,
-    end_ref: Ref,
-    rows_ref: Ref,
-    weights_ref: Ref,
-    out_ref: Ref,
-    *,
-    tiles: Tiles,
-    transpose: bool,
-) -> None:
+def _product_kernel(*refs: Ref, tiles: Tiles, transpose: bool) -> None:
     """One tile of rows by one tile of columns."""
+    group_ref, start_ref, end_ref, rows_ref, weights_ref, out_ref = refs
     X, Y = rows_ref.shape[1], out_ref.shape[1]
     visit = pl.program_id(2) * BAND + pl.program_id(0)
     group, rows = group_ref[visit], Span(start_ref[visit], tiles.rows, end_ref[visit])
@@ -238,10 +186,9 @@ def weight_gradient(
     return call(end - sizes, end, rows, cotangent)
 
 
-def _gradient_kernel(
-    start_ref: Ref, end_ref: Ref, rows_ref: Ref, cotangent_ref: Ref, out_ref: Ref, *, tiles: Tiles
-) -> None:
+def _gradient_kernel(*refs: Ref, tiles: Tiles) -> None:
     """One tile of one group's matrix, over all rows of the group."""
+    start_ref, end_ref, rows_ref, cotangent_ref, out_ref = refs
     X, Y = rows_ref.shape[1], cotangent_ref.shape[1]
     group = pl.program_id(2)
     start, end = start_ref[group], end_ref[group]
@@ -267,7 +214,7 @@ def _call(
     tiles: Tiles,
     interpret: bool,
 ) -> Callable[..., Array]:
-    """The kernel over the grid; it reads where it likes, so nothing is cut into blocks for it."""
+    """The kernel over the grid; groups begin anywhere, so it cuts its windows out of the whole arrays."""
     params = plgpu.CompilerParams(num_warps=tiles.warps, num_stages=STAGES)
     return pl.pallas_call(
         kernel, out, grid=grid, name=name, compiler_params=params, interpret=interpret

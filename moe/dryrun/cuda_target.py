@@ -95,7 +95,8 @@ GPUS: dict[str, Gpu] = {
 }
 
 # The limits are the same for every capability since 8.0 (CUDA Programming Guide, "Compute Capabilities").
-# The versions are the oldest of the extra `gpu`; an H100 of a newer driver runs what was compiled for them.
+# The versions are the oldest of the extra `gpu`. That of CUB is left out: XLA would ask the driver how much
+# memory a sort by CUB takes; without it, it sorts by its own kernels, which is slower on a device, and warns.
 TEXT = """
 gpu_device_info {{
   name: "{gpu.name}"

@@ -10,7 +10,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 import numpy as np
 import pytest
 
-from moe.dispatch.gpu_matmul import BAND, padded_rows, product_tiles, schedule, triton_matmul
+from moe.dispatch.gpu_matmul import BAND, schedule, triton_matmul
+from moe.dispatch.gpu_tiles import padded_rows, product_tiles
 from moe.dryrun.cuda_target import cuda_devices
 
 N, E, X, Y = 75, 4, 40, 300  # no multiples of a tile: 16 rows, 256 columns, steps of 32
