@@ -93,8 +93,8 @@ def collectives(module: Module, mesh_shape: dict[str, int] | None = None) -> lis
       ValueError: the mesh has not as many devices as the module.
     """
 
-    def cost(computation: Computation, each: Instruction) -> float:
-        return sum(shape.bytes for shape in each.shapes) if kind_of(each) else 0.0
+    def cost(computation: Computation, each: Instruction) -> int:
+        return sum(shape.bytes for shape in each.shapes) if kind_of(each) else 0
 
     times = count(module, cost).times
     found = [
@@ -145,11 +145,11 @@ def _collective(
     if kind == "ragged-all-to-all":
         # The others are the output to write into and four lists of offsets and sizes.
         operands = operands[:1]
-    if kind == "all-reduce" and _is_scattered(computation, each):
+    if kind == "all-reduce" and _is_scattered(module, computation, each):
         kind = "reduce-scatter"
     groups = _groups(module, each)
     size = 2 if kind == "collective-permute" else max(map(len, groups))
-    read, written = _bytes(operands), _bytes(_outputs(kind, each))
+    read, written = _bytes(operands), _bytes(_outputs(each))
     if kind == "reduce-scatter":
         written = read // size
     axes = spanned_axes(groups, mesh_shape) if mesh_shape else ()
@@ -160,7 +160,9 @@ def _collective(
         kind,
         named.op_name,
         phase(each.name, named.op_name),
-        module.source(named),
+        module.source(named)
+        or _reduction_source(module, each)
+        or module.nearby_source(computation, each),
         times,
         operands,
         read,
@@ -185,11 +187,10 @@ def _bytes(shapes: tuple[Shape, ...]) -> int:
     return sum(shape.bytes for shape in shapes)
 
 
-def _outputs(kind: str, each: Instruction) -> tuple[Shape, ...]:
-    """The arrays it writes: `-start` of a gather or a permute returns (inputs, outputs, flags)."""
-    if each.opcode in ("all-gather-start", "collective-permute-start") and not isinstance(
-        each.shape, Shape
-    ):
+def _outputs(each: Instruction) -> tuple[Shape, ...]:
+    """The arrays it writes: `-start` returns (inputs, outputs, flags), but for the all-reduce's."""
+    paired = each.opcode.endswith("-start") and each.opcode != "all-reduce-start"
+    if paired and not isinstance(each.shape, Shape):
         return leaves(each.shape[1])
     return each.shapes
 
@@ -206,12 +207,18 @@ def _groups(module: Module, each: Instruction) -> Groups:
 
 
 def _is_async(each: Instruction) -> bool:
-    return each.opcode.endswith("-start") or bool(
-        re.search(r"chain_id=|async_collective_name=", each.attributes)
-    )
+    if each.opcode.endswith("-start"):
+        return '"is_sync":true' not in each.backend_config
+    return bool(re.search(r"chain_id=|async_collective_name=", each.attributes))
 
 
-def _is_scattered(computation: Computation, each: Instruction) -> bool:
+def _reduction_source(module: Module, each: Instruction) -> Source | None:
+    """The line that asked for the sum, where only the scalar function of it still says so."""
+    roots = (module.computations[name].root for name in each.called)
+    return next(filter(None, map(module.source, roots)), None)
+
+
+def _is_scattered(module: Module, computation: Computation, each: Instruction) -> bool:
     """Whether a fused all-reduce keeps one slice of its sum: XLA:TPU's form of a reduce-scatter."""
-    users = [other for other in computation if each.name in other.operands]
-    return bool(users) and all(user.opcode == "dynamic-slice" for user in users)
+    users = computation.users(each) if module.is_fused(computation) else ()
+    return bool(users) and all(computation[name].opcode == "dynamic-slice" for name in users)

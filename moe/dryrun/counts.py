@@ -1,7 +1,6 @@
 """How often each computation of a module runs: trip counts multiplied through loops and calls."""
 
 from collections.abc import Callable
-import math
 import re
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ CALLERS = frozenset({"fusion", "call", "async-start", "custom-call"})
 _COPIES = frozenset({"copy", "convert", "bitcast", "reshape", "copy-start", "copy-done"})
 _DEPTH = 20
 
-Cost = Callable[[Computation, Instruction], float]
+Cost = Callable[[Computation, Instruction], int]
 
 
 class Counts(NamedTuple):
@@ -81,16 +80,16 @@ def _edges(module: Module, computation: Computation) -> list[_Edge]:
     return edges
 
 
-def _taken(edges: list[_Edge], totals: dict[str, float]) -> list[tuple[str, int]]:
-    def weight(calls: list[tuple[str, int]]) -> float:
+def _taken(edges: list[_Edge], totals: dict[str, int]) -> list[tuple[str, int]]:
+    def weight(calls: list[tuple[str, int]]) -> int:
         return sum(totals[name] * trips for name, trips in calls)
 
     return [call for alternatives in edges for call in max(alternatives, key=weight)]
 
 
-def _totals(module: Module, edges: dict[str, list[_Edge]], cost: Cost | None) -> dict[str, float]:
+def _totals(module: Module, edges: dict[str, list[_Edge]], cost: Cost | None) -> dict[str, int]:
     """The cost of one execution of each reachable computation, callees before their callers."""
-    totals: dict[str, float] = {}
+    totals: dict[str, int] = {}
 
     def visit(name: str) -> None:
         if name in totals:
@@ -100,7 +99,7 @@ def _totals(module: Module, edges: dict[str, list[_Edge]], cost: Cost | None) ->
                 for called, _ in calls:
                     visit(called)
         computation = module.computations[name]
-        own = sum(cost(computation, each) for each in computation) if cost else 0.0
+        own = sum(cost(computation, each) for each in computation) if cost else 0
         taken = _taken(edges[name], totals)
         totals[name] = own + sum(totals[called] * trips for called, trips in taken)
 
@@ -149,8 +148,8 @@ def _trips(direction: str, first: int, last: int, step: int) -> int | None:
         return (last - first) // step if (last - first) % step == 0 else None
     if direction not in _FLIPPED or (step > 0) != (direction in ("LT", "LE")):
         return None
-    reach = last - first + (math.copysign(1, step) if direction in ("LE", "GE") else 0)
-    return max(0, math.ceil(reach / step))
+    reach = last - first + ((1 if step > 0 else -1) if direction in ("LE", "GE") else 0)
+    return max(0, -(-reach // step))
 
 
 def _comparison(module: Module, condition: Computation) -> tuple[str, Affine, Affine] | None:

@@ -2,7 +2,8 @@
 
 Only products are counted, 2 FLOPs a multiply-add: dot, ragged-dot, convolution (what XLA:TPU makes of
 dots), cuBLAS calls and grouped Pallas kernels. Elementwise work, reductions, sorts and gathers are not:
-they are bound by memory, and counting them would hide what the matrix units waste.
+they are bound by memory, and counting them would hide what the matrix units waste. So is a dot of two
+vectors, which XLA itself makes a multiplication and a sum of.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -66,7 +67,7 @@ def products(module: Module, kernels: Mapping[str, Kernel] | None = None) -> lis
     """
     table = {**KERNELS, **(kernels or {})}
 
-    def cost(computation: Computation, each: Instruction) -> float:
+    def cost(computation: Computation, each: Instruction) -> int:
         return (instruction_flops(computation, each, table) or ("", 0))[1]
 
     times = count(module, cost).times
@@ -153,9 +154,7 @@ def _array(computation: Computation, each: Instruction, operand: int) -> Shape:
 
 def dot_flops(computation: Computation, each: Instruction) -> int:
     """Twice the output's elements times the contracted size; batch dimensions are in the output."""
-    lhs = _array(computation, each, 0)
-    contracted = math.prod(lhs.dims[dim] for dim in each.dims("lhs_contracting_dims"))
-    return 2 * each.shapes[0].elements * contracted
+    return _contraction_flops(computation, each, each.dims("lhs_contracting_dims"))
 
 
 def ragged_dot_flops(computation: Computation, each: Instruction) -> int:
@@ -164,13 +163,20 @@ def ragged_dot_flops(computation: Computation, each: Instruction) -> int:
     Rows kept: `[N X] x [E X Y] -> [N Y]`; rows contracted: `[N X] x [N Y] -> [E X Y]`. Both are
     `2 N X Y` if every row lies in a group, which is the upper bound that a static text can give.
     """
+    contracting, ragged = each.dims("lhs_contracting_dims"), each.dims("lhs_ragged_dims")
+    return _contraction_flops(computation, each, contracting, ragged)
+
+
+def _contraction_flops(
+    computation: Computation,
+    each: Instruction,
+    contracting: tuple[int, ...],
+    ragged: tuple[int, ...] = (),
+) -> int:
     lhs, out = _array(computation, each, 0), each.shapes[0]
-    contracting = each.dims("lhs_contracting_dims")
-    contracted = math.prod(lhs.dims[dim] for dim in contracting)
-    ragged = each.dims("lhs_ragged_dims")
-    if set(ragged) & set(contracting):
-        return 2 * out.elements // out.dims[0] * contracted
-    return 2 * out.elements * contracted
+    flops = 2 * out.elements * math.prod(lhs.dims[dim] for dim in contracting)
+    # The output of contracted groups has one matrix a group, each of which meets its own rows only.
+    return flops // out.dims[0] if set(ragged) & set(contracting) else flops
 
 
 def convolution_flops(computation: Computation, each: Instruction) -> int:
@@ -237,12 +243,17 @@ def _custom_call_flops(
 
 
 def _cublas_flops(computation: Computation, each: Instruction) -> int:
-    dims = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', each.backend_config)
-    if dims is None:
+    contracting = _config_dims(each, "lhs_contracting_dimensions")
+    if not contracting:
         raise ValueError(f"the cuBLAS call {each.name} states no contracting dimensions")
-    lhs = _array(computation, each, 0)
-    contracted = math.prod(lhs.dims[int(dim)] for dim in re.findall(r"\d+", dims.group(1)))
-    return 2 * each.shapes[0].elements * contracted
+    return _contraction_flops(
+        computation, each, contracting, _config_dims(each, "lhs_ragged_dimensions")
+    )
+
+
+def _config_dims(each: Instruction, key: str) -> tuple[int, ...]:
+    found = re.search(rf'"{key}":\[([^\]]*)\]', each.backend_config)
+    return tuple(int(dim) for dim in re.findall(r"\d+", found.group(1))) if found else ()
 
 
 def _kernel_flops(

@@ -149,16 +149,14 @@ class Computation:
         """The arrays that an instruction reads."""
         return tuple(shape for name in instruction.operands for shape in self[name].shapes)
 
+    def users(self, instruction: Instruction) -> tuple[str, ...]:
+        """Names of the instructions that read its output."""
+        return tuple(each.name for each in self if instruction.name in each.operands)
+
     @cached_property
     def root(self) -> Instruction:
         """The instruction whose output is the computation's."""
         return next(each for each in self if each.is_root)
-
-    @cached_property
-    def parameters(self) -> tuple[Instruction, ...]:
-        """By their number."""
-        found = [each for each in self if each.opcode == "parameter"]
-        return tuple(sorted(found, key=lambda each: int(each.operand_text)))
 
 
 class Module:
@@ -196,15 +194,6 @@ class Module:
         return int(found.group(1)) if found else 1
 
     @cached_property
-    def aliased_parameters(self) -> dict[tuple[int, ...], int]:
-        """Donated inputs: the index of the output to the number of the parameter whose memory it takes."""
-        found = re.search(r"input_output_alias=\{(.*?\)) \}", self.header)
-        pairs = re.findall(r"\{([\d, ]*)\}: \((\d+),", found.group(1)) if found else []
-        return {
-            tuple(int(i) for i in re.findall(r"\d+", out)): int(number) for out, number in pairs
-        }
-
-    @cached_property
     def _callers(self) -> dict[str, tuple[Computation, Instruction]]:
         return {
             called: (computation, each)
@@ -228,18 +217,36 @@ class Module:
         return around[1] if around[1].op_name else instruction
 
     def nearby_source(self, computation: Computation, instruction: Instruction) -> Source | None:
-        """The line behind what an instruction reads, for one that states no line of its own."""
+        """The line behind what an instruction reads, else what reads it, for one that states none.
+
+        Inside a fusion the search goes on from the fusion.
+        """
+        around = (computation, instruction)
+        while True:
+            found = self._first_source(*around, backwards=True)
+            found = found or self._first_source(*around, backwards=False)
+            if found or around[0].name not in self._callers:
+                return found
+            around = self._callers[around[0].name]
+
+    def _first_source(
+        self, computation: Computation, instruction: Instruction, *, backwards: bool
+    ) -> Source | None:
         for _ in range(_NEARBY):
-            if not instruction.operands:
+            names = instruction.operands if backwards else computation.users(instruction)
+            # The metadata of a parameter is the argument's name and its frame that of the call.
+            if not names or computation[names[0]].opcode == "parameter":
                 return None
-            instruction = computation[instruction.operands[0]]
-            # The name of a parameter's metadata is the argument's; its frame, if any, is the call.
-            if instruction.opcode == "parameter":
-                return None
+            instruction = computation[names[0]]
             found = self.source(instruction)
             if found:
                 return found
         return None
+
+    def is_fused(self, computation: Computation) -> bool:
+        """Whether it is what a fusion computes, so that its inner arrays never reach memory."""
+        caller = self._callers.get(computation.name)
+        return caller is not None and caller[1].opcode == "fusion"
 
     def source(self, instruction: Instruction) -> Source | None:
         """The innermost line of our code on the instruction's stack; None where it has none."""
