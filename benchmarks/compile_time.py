@@ -1,56 +1,57 @@
-"""How compile time grows with depth: the same model of 4 and of 16 layers, cold, in turn.
+"""How long the train step compiles, cold, and how that grows with depth: layers are scanned."""
 
-    python3 benchmarks/compile_time.py [--config=configs/quickstart.py] [--rounds=5]
-
-Layers are scanned, so the ratio should stay near 1; at most 1.2 is the aim.
-"""
-
-from pathlib import Path
-import sys
 import time
 
-from absl import flags
 import jax
-import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
+from benchmarks.model_run import random_run
+from benchmarks.rows import Row, times
+from benchmarks.timing import interleave
 from moe import cli, setup
 from moe.training.state import abstract_state
 
-FLAGS = flags.FLAGS
-flags.DEFINE_integer("rounds", 5, "Pairs of measurements.")
-DEPTHS = (4, 16)
+CONFIG, DEPTHS = "configs/quickstart.py", (4, 16)
+SECONDS, GROWTH = 20.0, 1.2  # bounds
+MOST = 5  # rounds, of three compilations of many seconds each
 
 
-def main(argv: list[str]) -> int:
-    """Measures and prints."""
-    rest, path, overrides = cli.split_overrides(argv)
-    cli.parse_flags(rest)
-    runs = {}
-    for depth in DEPTHS:
-        deep = [*overrides, ("model.num_layers", str(depth))]
-        runs[depth] = setup.set_up(cli.load_config(path or "configs/quickstart.py", deep))
-    seconds: dict[int, list[float]] = {depth: [] for depth in DEPTHS}
-    for _ in range(FLAGS.rounds):
-        for depth, run in runs.items():
-            seconds[depth].append(compile_seconds(run))
-    for depth in DEPTHS:
-        print(f"{depth:2d} layers  median {np.median(seconds[depth]):.2f} s")
-    ratios = np.array(seconds[DEPTHS[1]]) / np.array(seconds[DEPTHS[0]])
-    print(f"ratio      median {np.median(ratios):.3f}  ({ratios.min():.3f} to {ratios.max():.3f})")
-    return 0
+def measure(
+    repeats: int,
+    overrides: tuple[tuple[str, str], ...] = (),
+    depths: tuple[int, int] = DEPTHS,
+) -> list[Row]:
+    """Seconds of the config as it is, and the ratio of the deeper to the less deep.
+
+    Args:
+        repeats: rounds, at most MOST.
+        overrides: pairs of a config key and a value in text, for smaller sizes.
+        depths: the less deep and the deeper, in layers.
+    """
+    runs = {"as it is": random_run(cli.load_config(CONFIG, overrides))}
+    for depth in depths:
+        deep = (*overrides, ("model.num_layers", str(depth)))
+        runs[str(depth)] = random_run(cli.load_config(CONFIG, deep))
+    cold = {name: _Cold(run) for name, run in runs.items()}
+    took = interleave(cold, min(repeats, MOST), warm_up=False)
+    less, more = (took[str(depth)] for depth in depths)
+    above = tuple(took["as it is"])
+    name = "quickstart train step compiles in"
+    return [
+        Row(name, above, (1.0,) * len(above), SECONDS, kind="seconds"),
+        times(f"compile time of {depths[1]} layers / {depths[0]}", more, less, GROWTH),
+    ]
 
 
-def compile_seconds(run: setup.Run) -> float:
+class _Cold:
     """Tracing, lowering and compilation of the train step, with every cache emptied."""
-    jax.clear_caches()
-    with jax.set_mesh(run.mesh):
-        state = abstract_state(run.spec, run.transformation, run.shardings)
-        started = time.perf_counter()
-        setup.compile_train_step(run, state)
-        return time.perf_counter() - started
 
+    def __init__(self, run: setup.Run):
+        self._run = run
 
-if __name__ == "__main__":
-    cli.run(main)
+    def __call__(self) -> float:
+        jax.clear_caches()
+        with jax.set_mesh(self._run.mesh):
+            state = abstract_state(self._run.spec, self._run.transformation, self._run.shardings)
+            started = time.perf_counter()
+            setup.compile_train_step(self._run, state)
+            return time.perf_counter() - started

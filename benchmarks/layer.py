@@ -1,37 +1,27 @@
-"""A sparse layer against the dense MLP of equal active FLOPs, side by side in one process.
-
-    python3 benchmarks/layer.py --shapes=A,B,C --repeats=15 --json=layer.json
+"""A sparse layer against the dense MLP of equal active FLOPs, and beside PyTorch's.
 
 Sparse: the model's own layer, that is router product, softmax, top-k, gates, dispatch, `E` SwiGLU
-experts of width `F`, combine. Dense: one SwiGLU MLP of width `K * F`. Both float32, both compiled;
-runs alternate, and the ratio is of the medians, because absolute times move with whatever else the
-machine does.
+experts of width `F`, combine. Dense: one SwiGLU MLP of width `K * F`. All float32, all sides in turn.
+PyTorch's are transformers' Mixtral block with `grouped_mm` and a dense SwiGLU MLP, in another process.
 """
 
-from collections.abc import Callable
-import json
-import statistics
-import time
+from collections.abc import Callable, Mapping
+import contextlib
 from typing import Any, NamedTuple
 
-from absl import app, flags
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from benchmarks import peer as peers
+from benchmarks.rows import Row, times
+from benchmarks.timing import Timed, interleave, timed
 from moe.dispatch.table import make_dispatch
+from moe.dispatch.types import Dispatch
 from moe.model.experts import MLP, ExpertParams, feed_forward
 from moe.model.layer import Call, RouterSpec, SparseMLP
-from moe.parallel.host_memory import reuse_buffers
 
-SHAPES = flags.DEFINE_list("shapes", ["A", "B", "C"], "which of the shapes to measure")
-REPEATS = flags.DEFINE_integer("repeats", 11, "timed runs of each side", lower_bound=5)
-HOT = flags.DEFINE_bool("hot", False, "half of the tokens name expert 0")
-DISPATCH = flags.DEFINE_enum("dispatch", "grouped", ["grouped", "capacity"], "path of the layer")
-CAPACITY = flags.DEFINE_float(
-    "capacity_factor", 1.25, "of `capacity`, whose output then drops some"
-)
-JSON = flags.DEFINE_string("json", None, "also write the rows to this file")
+ROWS = 8  # sequences of a batch
 
 
 class Shape(NamedTuple):
@@ -43,17 +33,58 @@ class Shape(NamedTuple):
     E: int
     K: int
 
+    def __str__(self) -> str:
+        """As `(4096, 256, 1024, 8, 2)`."""
+        return str(tuple(self))
 
-TABLE = {
-    "A": Shape(4096, 256, 1024, 8, 2),
-    "B": Shape(4096, 512, 512, 64, 8),
-    "C": Shape(4096, 256, 1024, 128, 1),
+
+BOUNDS = {  # most that sparse may take of dense, forward and backward
+    Shape(4096, 256, 1024, 8, 2): 1.15,
+    Shape(4096, 512, 512, 64, 8): 1.3,
+    Shape(4096, 256, 1024, 128, 1): 2.0,
 }
+
+
+def measure(repeats: int, bounds: Mapping[Shape, float] = BOUNDS) -> list[Row]:
+    """All shapes."""
+    found = []
+    with peers.Peer() if peers.installed() else contextlib.nullcontext() as peer:
+        for shape, bound in bounds.items():
+            found += measure_shape(shape, bound, repeats, peer)
+    return found
+
+
+def measure_shape(shape: Shape, bound: float, repeats: int, peer: peers.Peer | None) -> list[Row]:
+    """Rows of one shape; without a peer, those of PyTorch say so."""
+    runs: dict[str, Timed] = {}
+    x, cotangent = draw(shape)
+    for side, (layer, params) in make_sides(shape).items():
+        runs[f"{side} forward"] = timed(compiled(layer, params, x), params, x)
+        arguments = params, x, cotangent
+        runs[side] = timed(compiled(with_backward(layer), *arguments), *arguments)
+    if peer is not None:
+        peer.ask("layers", **shape._asdict())
+        runs |= {f"torch {side}": peer.timed(side) for side in ("dense", "sparse")}
+    took = interleave(runs, repeats)
+    found = [
+        times(f"{shape} sparse / dense", took["sparse"], took["dense"], bound),
+        times(f"{shape} forward only", took["sparse forward"], took["dense forward"]),
+    ]
+    names = [f"{shape} sparse / Mixtral block", f"{shape} Mixtral block / its dense"]
+    if peer is None:
+        return found + [Row(name, note=peers.MISSING) for name in names]
+    theirs = took["torch sparse"]
+    return [
+        *found,
+        times(names[0], took["sparse"], theirs, 1.0, note=peers.versions()),
+        times(names[1], theirs, took["torch dense"]),
+        times(f"{shape} dense / PyTorch's dense", took["dense"], took["torch dense"]),
+    ]
 
 
 def sparse_layer(shape: Shape) -> SparseMLP:
     """The model's sparse layer: top-k softmax, gates as they are (OLMoE), no shared expert."""
-    layer = SparseMLP(
+    return SparseMLP(
         RouterSpec("topk", shape.K, (("normalize", "none"),)),
         num_experts=shape.E,
         width=shape.D,
@@ -64,14 +95,11 @@ def sparse_layer(shape: Shape) -> SparseMLP:
         out_scale=1.0,
         rngs=nnx.Rngs(0),
     )
-    if HOT.value:  # a logit of large variance is the greatest for the half of the tokens
-        layer.gate.kernel[...] = layer.gate.kernel[...].at[:, 0].multiply(1e3)
-    return layer
 
 
-def call_sparse(layer: SparseMLP, x: jax.Array) -> jax.Array:
+def call_sparse(layer: SparseMLP, x: jax.Array, dispatch: Dispatch | None = None) -> jax.Array:
     """Output of the sparse layer; its report is not asked for, so it costs nothing."""
-    dispatch = make_dispatch(DISPATCH.value, None, capacity_factor=CAPACITY.value)
+    dispatch = make_dispatch("grouped", None) if dispatch is None else dispatch
     call = Call(jnp.zeros(x.shape[:2], jnp.int32), jnp.ones(x.shape[:2], bool), dispatch)
     return layer(x, call, None)[0]
 
@@ -109,50 +137,13 @@ def pure(module: nnx.Module, call: Callable) -> tuple[Callable, Any]:
     return lambda params, x: call(nnx.merge(graph, params), x), params
 
 
-def measure(shape: Shape, repeats: int) -> dict[str, float]:
-    """Medians in milliseconds of both sides, forward and forward+backward, and their ratios."""
-    x = jax.random.normal(jax.random.key(1), (8, shape.T // 8, shape.D))
-    cotangent = jax.random.normal(jax.random.key(2), x.shape)
-    runs, row = {}, {}
-    for side, (layer, params) in make_sides(shape).items():
-        runs[side, "forward"] = jax.jit(layer), (params, x)
-        runs[side, "both"] = jax.jit(with_backward(layer)), (params, x, cotangent)
-    for (side, part), (function, arguments) in runs.items():
-        start = time.perf_counter()
-        runs[side, part] = function.lower(*arguments).compile(), arguments
-        row[f"{side}_{part}_compile_s"] = time.perf_counter() - start
-    times: dict = {name: [] for name in runs}
-    for _ in range(repeats + 1):
-        for name, (function, arguments) in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function(*arguments))
-            times[name].append(1e3 * (time.perf_counter() - start))
-    for side, part in runs:
-        row[f"{side}_{part}_ms"] = statistics.median(times[side, part][1:])
-    for part in ("forward", "both"):
-        row[f"{part}_ratio"] = row[f"sparse_{part}_ms"] / row[f"dense_{part}_ms"]
-    return row
+def draw(shape: Shape) -> tuple[jax.Array, jax.Array]:
+    """Normal tokens and a cotangent of the output, `[B S D]`."""
+    size = (ROWS, shape.T // ROWS, shape.D)
+    keys = jax.random.split(jax.random.key(1))
+    return jax.random.normal(keys[0], size), jax.random.normal(keys[1], size)
 
 
-def main(_: list[str]) -> None:
-    """Prints the table and, if asked, writes it."""
-    reuse_buffers()
-    header = "shape (T, D, F, E, K)            forward ms  ratio    forward+backward ms  ratio  compile s"
-    print(header)
-    rows = {}
-    for name in SHAPES.value:
-        row = rows[name] = measure(TABLE[name], REPEATS.value)
-        print(
-            f"{name} {tuple(TABLE[name])!s:<30}"
-            f"{row['sparse_forward_ms']:>6.1f} /{row['dense_forward_ms']:>6.1f} {row['forward_ratio']:>5.2f}"
-            f"{row['sparse_both_ms']:>14.1f} /{row['dense_both_ms']:>6.1f} {row['both_ratio']:>6.2f}"
-            f"{row['sparse_both_compile_s']:>9.1f}",
-            flush=True,
-        )
-    if JSON.value:
-        with open(JSON.value, "w") as file:
-            json.dump(rows, file, indent=1)
-
-
-if __name__ == "__main__":
-    app.run(main)
+def compiled(function: Callable, *arguments: Any) -> Any:
+    """The function, compiled for these arguments."""
+    return jax.jit(function).lower(*arguments).compile()

@@ -1,0 +1,82 @@
+"""What the training loop costs beside the bare compiled step: reading, logging, progress, bookkeeping.
+
+Rounds alternate between the loop of `train.py` and the same executable called on one batch that lies
+on the device already.
+"""
+
+from pathlib import Path
+import tempfile
+import time
+from unittest import mock
+
+import jax
+
+from benchmarks.model_run import fresh_state
+from benchmarks.rows import Row, times
+from moe import cli, setup
+from moe.training.checkpoint import Checkpointer
+from moe.training.interruption import Interruption
+from moe.training.progress import Progress
+from moe.training.recording import Recorder, read_records
+import train
+
+CONFIG, STEPS = "configs/quickstart.py", 10  # steps of one round
+LOOP, WAIT = 1.03, 0.02  # bounds
+
+
+def measure(
+    repeats: int, overrides: tuple[tuple[str, str], ...] = (), steps: int = STEPS
+) -> list[Row]:
+    """The loop over the bare step, and the share of the loop that waits for a batch.
+
+    Args:
+        repeats: rounds.
+        overrides: pairs of a config key and a value in text, for smaller sizes and other text.
+        steps: of one round.
+    """
+    forced = (("evaluation.batches", "1"), ("log_every", str(steps)))
+    run = setup.set_up(cli.load_config(CONFIG, (*overrides, *forced)))
+    with jax.set_mesh(run.mesh), tempfile.TemporaryDirectory() as folder:
+        bare, lines = rounds(run, Path(folder), repeats, steps)
+    loop = [line["speed/step_seconds"] for line in lines]
+    wait = tuple(line["speed/data_wait_seconds"] for line in lines)
+    return [
+        times("training loop / bare step", loop, bare, LOOP),
+        Row("input wait of the loop", wait, tuple(loop), WAIT, kind="share"),
+    ]
+
+
+def rounds(
+    run: setup.Run, folder: Path, repeats: int, steps: int
+) -> tuple[list[float], list[dict]]:
+    """Seconds of the bare step and the loop's records, by round; a first round is a warm-up."""
+    state = fresh_state(run)
+    compiled = setup.compile_train_step(run, state)
+    evaluation = setup.compile_eval_step(run, state.params, state.router)
+    batches = run.data.train_batches()
+    batch = setup.to_device(run.mesh)(next(batches))
+    key, hyper = setup.root_key(0, 1), setup.hyper(run)
+    bare, done = [], 0
+    with (
+        Checkpointer(folder / "checkpoints") as checkpointer,
+        Recorder(folder) as recorder,
+        Interruption() as interruption,
+        mock.patch.object(setup, "compile_train_step", return_value=compiled),
+        mock.patch.object(setup, "compile_eval_step", return_value=evaluation),
+        mock.patch.object(train, "save"),  # a checkpoint is paid for by its interval, not by a step
+    ):
+        for _ in range(repeats + 1):
+            started = time.perf_counter()
+            for _ in range(steps):
+                state, _ = compiled(state, batch, key, hyper)
+            jax.block_until_ready(state)
+            bare.append((time.perf_counter() - started) / steps)
+            done += steps
+            run.config.steps = done
+            progress = Progress(done)
+            out = train.Outputs(folder, checkpointer, recorder, progress, interruption, True)
+            fresh = jax.tree.map(lambda a: a.copy(), state)  # the loop donates what it is given
+            train.loop(run, fresh, done - steps, batches, out)
+            progress.close()
+    lines = [r for r in read_records(folder) if r["split"] == "train"]
+    return bare[1:], lines[1:]
