@@ -17,13 +17,13 @@ from moe.dispatch.gpu_matmul import triton_matmul
 from moe.dispatch.tpu_matmul import tpu_matmul
 from moe.errors import ConfigError, did_you_mean
 
+Matmul = Callable[[Array, Array, Array], Array]  # (rows [N X], weights [E X Y], sizes [E]) -> [N Y]
+
 
 class Backend(NamedTuple):
     """One way to multiply."""
 
-    matmul: Callable[
-        [Array, Array, Array], Array
-    ]  # (rows [N X], weights [E X Y], sizes [E]) -> [N Y]
+    matmul: Matmul
     platforms: tuple[str, ...]  # where it runs
     # Rows beyond the last group give zero, receive zero and add to no weight's gradient, NaN included.
     # The others get the rows masked: two more passes over rows and product, each way.

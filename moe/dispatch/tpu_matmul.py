@@ -17,12 +17,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from moe.dispatch.tpu_tiles import Tiles, chip, gradient_tiles, product_tiles
 
 LARGEST_N = 2**31 - 1  # rows are counted in int32
 Index = Any  # a traced int32, or a reference to one
+Mask = Callable[[Array], Array]
 
 
 class How(NamedTuple):
@@ -117,7 +118,7 @@ def schedule(
     visits = end // tile + (end % tile > 0) - first
     visits = jnp.where(sizes > 0, visits, int(visit_empty))
     last = jnp.cumsum(visits)
-    index = jnp.arange(tiles + groups - (0 if visit_empty else 1), dtype=jnp.int32)
+    index = jnp.arange(tiles + groups - 1, dtype=jnp.int32)  # each group shares its first tile
     group = jnp.searchsorted(last, index, side="right", method="compare_all").astype(jnp.int32)
     group = jnp.minimum(group, groups - 1)
     tile_of = jnp.minimum((first - last + visits)[group] + index, tiles - 1)
@@ -138,7 +139,7 @@ def product(
     """
     N, X = rows.shape
     E, Y = weights.shape[0], weights.shape[1 if transpose else 2]
-    tiles = (how.tiles or product_tiles(N, E, X, Y, rows.dtype.itemsize)).clip(N, X, Y)
+    tiles = (how.tiles or product_tiles(X, Y, rows.dtype.itemsize)).clip(N, X, Y)
     if X % tiles.x:
         raise ValueError(f"A tile of {tiles.x} does not divide the summed axis of {X}.")
     parts, columns = X // tiles.x, pl.cdiv(Y, tiles.y)
@@ -164,7 +165,7 @@ def product(
 
     matrix = (None, tiles.y, tiles.x) if transpose else (None, tiles.x, tiles.y)
     return pl.pallas_call(
-        functools.partial(_product_kernel, transpose=transpose),
+        functools.partial(_product_kernel, step=tiles.step, transpose=transpose),
         name="grouped_product",
         out_shape=jax.ShapeDtypeStruct((N, Y), rows.dtype, manual_axis_type=jax.typeof(rows).mat),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -186,31 +187,28 @@ def product(
 
 
 def _product_kernel(
-    visits: Visits, rows: Any, matrix: Any, out: Any, total: Any, *, transpose: bool
+    visits: Visits, rows: Any, matrix: Any, out: Any, total: Any, *, step: int, transpose: bool
 ) -> None:
     """One tile of rows for one group: `total` adds up over the tiles of the summed axis."""
     visit, part = pl.program_id(1), pl.program_id(2)
-    own, whole = _own_rows(visits, visit, rows.shape[0])
 
-    @pl.when(part == 0)
-    def _() -> None:
-        total[...] = jnp.zeros_like(total)
+    def piece(here: Any, own: Mask | None) -> None:
+        @pl.when(part == 0)
+        def _() -> None:
+            total[here] = jnp.zeros_like(total[here])
 
-    @pl.when(visits.group[visit] < visits.start.shape[0] - 1)
-    def _() -> None:
-        total[...] += _dot(rows[...], matrix[...], ((1,), (1 if transpose else 0,)))
+        @pl.when(visits.group[visit] < visits.start.shape[0] - 1)
+        def _() -> None:
+            total[here] += _dot(rows[here], matrix[...], ((1,), (1 if transpose else 0,)))
 
-    is_last = part == pl.num_programs(2) - 1
+        @pl.when(part == pl.num_programs(2) - 1)
+        def _() -> None:
+            result = total[here]
+            if own is not None:  # the other rows are those of the groups that share the tile
+                result = jnp.where(own(result), result, out[here].astype(jnp.float32))
+            out[here] = result.astype(out.dtype)
 
-    @pl.when(is_last & whole)
-    def _() -> None:
-        out[...] = total[...].astype(out.dtype)
-
-    @pl.when(is_last & jnp.logical_not(whole))
-    def _() -> None:
-        # The other rows are those of the groups that share the tile.
-        rest = out[...].astype(jnp.float32)
-        out[...] = jnp.where(own(total.shape[1]), total[...], rest).astype(out.dtype)
+    _for_own_rows(visits, visit, rows.shape[0], step, piece)
 
 
 def weight_gradient(
@@ -222,7 +220,7 @@ def weight_gradient(
 ) -> Float[Array, "E X Y"]:
     """Each group's rows times its cotangents, summed over the rows; zero if it has none."""
     (N, X), Y, E = rows.shape, cotangent.shape[1], sizes.shape[0]
-    tiles = (how.tiles or gradient_tiles(N, E, X, Y, rows.dtype.itemsize)).clip(N, X, Y)
+    tiles = (how.tiles or gradient_tiles(X, Y, rows.dtype.itemsize)).clip(N, X, Y)
     visits, count = schedule(sizes, N, tiles.rows, visit_empty=True)
     columns, lines = pl.cdiv(Y, tiles.y), pl.cdiv(X, tiles.x)
     read = (rows.size * columns + cotangent.size * lines) * rows.dtype.itemsize
@@ -237,7 +235,7 @@ def weight_gradient(
         return visits.group[visit], x, y
 
     return pl.pallas_call(
-        _gradient_kernel,
+        functools.partial(_gradient_kernel, step=tiles.step),
         name="grouped_weight_gradient",
         out_shape=jax.ShapeDtypeStruct((E, X, Y), dtype, manual_axis_type=jax.typeof(rows).mat),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -256,46 +254,69 @@ def weight_gradient(
     )(visits, rows, cotangent)
 
 
-def _gradient_kernel(visits: Visits, rows: Any, cotangent: Any, out: Any, total: Any) -> None:
+def _gradient_kernel(
+    visits: Visits, rows: Any, cotangent: Any, out: Any, total: Any, *, step: int
+) -> None:
     """One tile of rows for one group: `total` adds up over the visits of the group."""
     visit, final = pl.program_id(2), pl.num_programs(2) - 1
     group = visits.group[visit]
-    own, whole = _own_rows(visits, visit, rows.shape[0])
 
     @pl.when((visit == 0) | (visits.group[jnp.maximum(visit - 1, 0)] != group))
     def _() -> None:
         total[...] = jnp.zeros_like(total)
 
-    @pl.when(whole)
-    def _() -> None:
-        total[...] += _dot(rows[...], cotangent[...], ((0,), (0,)))
-
-    @pl.when(jnp.logical_not(whole) & (visits.end[group] > visits.start[group]))
-    def _() -> None:
-        # Both sides: rows of no group may hold NaN, and a zero times a NaN is a NaN.
-        left, right = (
-            jnp.where(own(x.shape[1]), x[...].astype(jnp.float32), 0).astype(x.dtype)
-            for x in (rows, cotangent)
-        )
+    def piece(here: Any, own: Mask | None) -> None:
+        left, right = rows[here], cotangent[here]
+        if own is not None:  # both, for rows of no group may hold NaN
+            left, right = (
+                jnp.where(own(x), x.astype(jnp.float32), 0).astype(x.dtype) for x in (left, right)
+            )
         total[...] += _dot(left, right, ((0,), (0,)))
+
+    _for_own_rows(visits, visit, rows.shape[0], step, piece)
 
     @pl.when((visit == final) | (visits.group[jnp.minimum(visit + 1, final)] != group))
     def _() -> None:
         out[...] = total[...].astype(out.dtype)
 
 
-def _own_rows(
-    visits: Visits, visit: Index, tile: int
-) -> tuple[Callable[[int], Array], Bool[Array, ""]]:
-    """Mask `[tile columns]` of the rows of the visit's group, for so many columns; and whether all are."""
+def _for_own_rows(
+    visits: Visits, visit: Index, tile: int, step: int, piece: Callable[[Any, Mask | None], None]
+) -> None:
+    """Calls `piece(here, own)` for slices of the tile that hold all rows of the visit's group in it.
+
+    That is the whole tile, of which no mask is needed, or as few slices of `step` rows as there are, with a
+    mask like the array that it is given. So the matrix unit's waste does not grow with the tile.
+    """
     group, first = visits.group[visit], visits.tile[visit] * tile
-    start, end = visits.start[group] - first, visits.end[group] - first
+    start = jnp.clip(visits.start[group] - first, 0, tile)
+    end = jnp.clip(visits.end[group] - first, 0, tile)
+    whole = end - start == tile
 
-    def mask(columns: int) -> Array:
-        row = lax.broadcasted_iota(jnp.int32, (tile, columns), 0)
-        return (row >= start) & (row < end)
+    @pl.when(whole)
+    def _() -> None:
+        if tile == step:
+            piece(pl.ds(0, tile), None)
+        else:
+            _loop(0, tile // step, step, lambda begin: piece(pl.ds(begin, step), None))
 
-    return mask, (start <= 0) & (end >= tile)
+    def part(begin: Index) -> None:
+        def own(like: Array) -> Array:
+            row = begin + lax.broadcasted_iota(jnp.int32, like.shape, 0)
+            return (row >= start) & (row < end)
+
+        piece(pl.ds(begin, step), own)
+
+    @pl.when(jnp.logical_not(whole) & (end > start))
+    def _() -> None:
+        if tile == step:
+            part(0)
+        else:
+            _loop(lax.div(start, step), lax.div(end - 1, step) + 1, step, part)
+
+
+def _loop(first: Index, last: Index, step: int, body: Callable[[Index], None]) -> None:
+    lax.fori_loop(first, last, lambda i, _: body(pl.multiple_of(i * step, step)), None)
 
 
 def _dot(left: Array, right: Array, contract: tuple[tuple[int], tuple[int]]) -> Array:

@@ -3,7 +3,7 @@
 The matrix unit multiplies 128 x 128 (256 x 256 since v6e), memory is laid out in lanes of 128, and a kernel
 waits for memory unless it does several hundred operations for each byte it reads. A product reads its rows
 once for each tile of `Y`; a weight gradient reads both its operands once for each tile of the other's axis.
-So tiles of `X` and `Y` are as large as the chip's vector memory allows, and rows give way.
+So tiles of `X` and `Y` are as large as the chip's vector memory allows.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 LANES = 128
-ROWS = (512, 256, 128)  # of a tile; with fewer the matrix unit idles
-SHARE = 8  # a tile of rows is at most one part in eight of the mean group
+ROWS = 512  # of a tile
+STEP = (
+    128  # rows of a tile that are multiplied at once where groups meet; with fewer the unit idles
+)
 LENGTHS = (1024, 512, 256, 128)  # of a tile of X or Y, the first that fits
 FLOAT32 = 4
 
@@ -28,10 +30,13 @@ class Tiles(NamedTuple):
     rows: int
     x: int
     y: int
+    step: int = STEP  # divides `rows`
 
     def clip(self, N: int, X: int, Y: int) -> "Tiles":
         """No tile is longer than its axis."""
-        return Tiles(min(self.rows, N), min(self.x, X), min(self.y, Y))
+        rows = min(self.rows, N)
+        step = rows if rows % self.step else self.step
+        return Tiles(rows, min(self.x, X), min(self.y, Y), step)
 
 
 class Chip(NamedTuple):
@@ -52,14 +57,9 @@ def chip() -> Chip:
     return Chip(info.vmem_capacity_bytes, info.num_cores)
 
 
-def row_tile(N: int, E: int) -> int:
-    """Rows of a tile, few enough that the tiles which groups share cost little."""
-    return next((tile for tile in ROWS if tile * SHARE * E <= N), ROWS[-1])
-
-
-def product_tiles(N: int, E: int, X: int, Y: int, itemsize: int) -> Tiles:
+def product_tiles(X: int, Y: int, itemsize: int) -> Tiles:
     """Of `[N X]` by `[E X Y]`: all of `X` if it fits, so that a group reads its matrix once a tile of `Y`."""
-    rows, target = row_tile(N, E), chip()
+    target = chip()
 
     def memory(tiles: Tiles) -> int:
         blocks = tiles.rows * tiles.x + tiles.x * tiles.y + tiles.rows * tiles.y
@@ -67,12 +67,12 @@ def product_tiles(N: int, E: int, X: int, Y: int, itemsize: int) -> Tiles:
 
     summed = (divisor(X, limit) for limit in (X, 4096, 2048, *LENGTHS))
     columns = [even_part(Y, limit, target.cores) for limit in LENGTHS[:3]]
-    return _first_that_fits(summed, columns, rows, memory, target.vmem)
+    return _first_that_fits(summed, columns, memory, target.vmem)
 
 
-def gradient_tiles(N: int, E: int, X: int, Y: int, itemsize: int) -> Tiles:
+def gradient_tiles(X: int, Y: int, itemsize: int) -> Tiles:
     """Of the sum over rows `[N X]` by `[N Y]`: as square as fits."""
-    rows, target = row_tile(N, E), chip()
+    target = chip()
 
     def memory(tiles: Tiles) -> int:
         operands = tiles.rows * (tiles.x + tiles.y)  # in two buffers each, and masked in float32
@@ -80,7 +80,7 @@ def gradient_tiles(N: int, E: int, X: int, Y: int, itemsize: int) -> Tiles:
 
     lengths = (even_part(X, limit) for limit in LENGTHS)
     columns = [even_part(Y, limit, target.cores) for limit in LENGTHS]
-    return _first_that_fits(lengths, columns, rows, memory, target.vmem)
+    return _first_that_fits(lengths, columns, memory, target.vmem)
 
 
 def divisor(size: int, limit: int) -> int:
@@ -103,23 +103,23 @@ def even_part(size: int, limit: int, cores: int = 1) -> int:
     return min(lengths, key=lambda tile: (covered(tile), -tile))
 
 
-def padded_rows(sizes: Int[Array, " E"], tile: int) -> Int[Array, ""]:
-    """Rows that the matrix unit multiplies: every tile whole, once for each group that has a row in it.
+def padded_rows(sizes: Int[Array, " E"], step: int = STEP) -> Int[Array, ""]:
+    """Rows that the matrix unit multiplies: every `step` of them once for each group that has one there.
 
-    Twice this times `X * Y` are the operations of the product, and of each of its gradients.
+    Twice this times `X * Y` are the operations of the product, and of each of its gradients. At most
+    `E * step` are more than `sizes.sum()`.
     """
     end = jnp.cumsum(sizes)
-    first, last = (end - sizes) // tile, (end - 1) // tile
-    return (jnp.where(sizes > 0, last - first + 1, 0) * tile).sum()
+    first, last = (end - sizes) // step, (end - 1) // step
+    return (jnp.where(sizes > 0, last - first + 1, 0) * step).sum()
 
 
 def _first_that_fits(
     lengths: Iterable[int],
     columns: Iterable[int],
-    rows: int,
     memory: Callable[[Tiles], int],
     vmem: int,
 ) -> Tiles:
     """Half of the memory is left to the compiler's own temporaries. Shrinks `y` before `x`."""
-    tiles = [Tiles(rows, x, y) for x, y in itertools.product(lengths, columns)]
+    tiles = [Tiles(ROWS, x, y) for x, y in itertools.product(lengths, columns)]
     return next((t for t in tiles if memory(t) <= vmem // 2), tiles[-1])
