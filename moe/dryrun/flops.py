@@ -290,8 +290,10 @@ def grouped_outer_flops(operands: tuple[Shape, ...], outputs: tuple[Shape, ...])
     return 2 * rows.dims[0] * math.prod(outputs[0].dims[-2:])
 
 
-# XLA:TPU puts the last two in for `jax.lax.ragged_dot`.
+# XLA:TPU puts the last two in for `jax.lax.ragged_dot`. Kernels for GPU cannot state what they cost.
 KERNELS: dict[str, Kernel] = {
+    "grouped_product": grouped_product_flops,
+    "grouped_weight_gradient": grouped_outer_flops,
     "gmm": grouped_product_flops,
     "tgmm": grouped_outer_flops,
     "ragged-dot-none": grouped_product_flops,

@@ -10,9 +10,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 import numpy as np
 import pytest
 
+from moe.axes import BATCH_AXES, EXPERT, MESH_AXES
 from moe.dispatch.gpu_matmul import BAND, schedule, triton_matmul
 from moe.dispatch.gpu_tiles import padded_rows, product_tiles
+from moe.dispatch.table import make_dispatch
 from moe.dryrun.cuda_target import cuda_devices
+from moe.dryrun.flops import products, total
+from moe.dryrun.hlo import parse
+from moe.model.experts import ExpertParams, feed_forward
+from moe.routing.types import Choices
 
 N, E, X, Y = 75, 4, 40, 300  # no multiples of a tile: 16 rows, 256 columns, steps of 32
 SIZES = {
@@ -189,3 +195,57 @@ def test_compiles_in_shard_map():
     text = both.lower(*arguments).compile().as_text()
     assert "all-reduce" in text  # of the weights' gradient
     assert not re.search(r" dot\(|ragged-dot|__cublas", text)
+
+
+@needs_plugin
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("exchange", "collective", "rows"),
+    [
+        ("ragged", "ragged-all-to-all", 1.25),
+        ("all_to_all", "all-to-all", 8),
+        ("all_gather", "reduce-scatter", 8),
+    ],
+)
+def test_layer_on_eight(exchange, collective, rows):
+    """The whole sparse layer and its gradients, `rows` being what a shard has room for over its share."""
+    B, S, D, F, experts, K = 8, 512, 128, 256, 16, 2
+    mesh = Mesh(
+        np.array(cuda_devices("h100", 8)).reshape([8 if a == EXPERT else 1 for a in MESH_AXES]),
+        MESH_AXES,
+    )
+    dispatch = make_dispatch(
+        "grouped",
+        mesh,
+        param_specs=ExpertParams(PartitionSpec(EXPERT), PartitionSpec(EXPERT)),
+        exchange=exchange,
+        buffer_factor=rows if exchange == "ragged" else None,
+    )
+
+    def argument(shape, dtype, axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(axes)))
+
+    x = argument((B, S, D), jnp.bfloat16, BATCH_AXES)
+    choices = Choices(
+        *(argument((B, S, K), t, BATCH_AXES) for t in (jnp.int32, jnp.float32, jnp.bool_))
+    )
+    params = ExpertParams(
+        argument((experts, D, 2, F), jnp.bfloat16, EXPERT),
+        argument((experts, F, D), jnp.bfloat16, EXPERT),
+    )
+    expert_fn = functools.partial(feed_forward, activation="swiglu")
+
+    @jax.jit
+    def layer(x, choices, params):
+        def output(x, gate, params):
+            return dispatch(x, choices._replace(gate=gate), params, expert_fn).output
+
+        out, pull = jax.vjp(output, x, choices.gate, params)
+        return out, *pull(out)
+
+    compiled = layer.lower(x, choices, params).compile()
+    assert collective in compiled.as_text()
+    found = products(parse(compiled.as_text()))
+    assert {each.kind for each in found} == {"grouped_product", "grouped_weight_gradient"}
+    share = B * S * K // 8 * D * F * 3  # products forward of what a shard gets at balance
+    assert total(found) == 2 * 3 * rows * share
