@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from moe.dryrun.aliases import Values, is_elementwise, place_values
 from moe.dryrun.counts import count
+from moe.dryrun.fillers import filler
 from moe.dryrun.flops import phase
 from moe.dryrun.hlo import Computation, Instruction, Module, Source
 from moe.dryrun.shapes import Shape
@@ -27,9 +28,9 @@ class Buffer(NamedTuple):
       shape: with the layout.
       bytes: with the layout's padding.
       count: how often a step makes it.
-      op_name: JAX's path to the primitive.
+      op_name: JAX's path to the primitive; where a loop fills it, of what computes the slices.
       phase: as in `moe.dryrun.flops`.
-      source: the line of our code; None where no frame is ours.
+      source: the line of our code that `op_name` belongs to; None where no frame is ours.
     """
 
     name: str
@@ -114,7 +115,7 @@ _Nothing = _Moment(0, "", ())
 def _buffer(
     module: Module, computation: Computation, each: Instruction, shape: Shape, times: int
 ) -> Buffer:
-    named = module.described(computation, each)
+    named = filler(module, computation, each) or module.described(computation, each)
     return Buffer(
         each.name,
         computation.name,

@@ -1,5 +1,7 @@
 """Temporary memory from the schedule, beside what XLA itself reports."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -51,7 +53,11 @@ def test_what_is_alive_at_the_peak():
     # The activations of all layers, kept for the backward pass: tanh's output is the widest.
     first = found.buffers[0]
     assert (first.shape.dtype, first.shape.dims, first.bytes) == ("f32", (L, B, F), L * B * F * 4)
+    # The line of the layer, not of the scan that keeps its values.
+    lines = Path(__file__).read_text().splitlines()
     assert first.source.file == "tests/dryrun/test_buffers.py"
+    assert "jnp.tanh(x @ wi)" in lines[first.source.line - 1]
+    assert first.phase == "forward"
 
 
 def test_chained_elementwise_work_keeps_one_array():
