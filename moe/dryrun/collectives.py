@@ -9,12 +9,13 @@ experience"):
 | all-gather | output (n - 1) / n |
 | reduce-scatter | input (n - 1) / n |
 | all-reduce | 2 input (n - 1) / n |
-| all-to-all, ragged-all-to-all | input (n - 1) / n |
+| all-to-all | input (n - 1) / n |
+| ragged-all-to-all | smaller of input and output (n - 1) / n |
 | collective-permute | input |
 | collective-broadcast | input |
 
-The rows that a ragged all-to-all moves are data: its figure holds if all rows of the input are sent
-and spread evenly over the group.
+The rows that a ragged all-to-all moves are data. One side of it has room for any skew, the other holds
+just the rows: its figure holds if these are all sent and spread evenly over the group.
 """
 
 from collections.abc import Iterable
@@ -179,7 +180,7 @@ def _collective(
 def _wire_bytes(kind: str, read: int, written: int, size: int) -> int:
     if kind in ("collective-permute", "collective-broadcast"):
         return read
-    moved = written if kind == "all-gather" else read
+    moved = {"all-gather": written, "ragged-all-to-all": min(read, written)}.get(kind, read)
     return round(_ROUNDS.get(kind, 1.0) * moved * (size - 1) / size)
 
 

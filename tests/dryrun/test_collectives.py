@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from moe.dryrun.collectives import by_axes, collectives
+from moe.dryrun.collectives import _wire_bytes, by_axes, collectives
 from moe.dryrun.hlo import parse
 from moe.dryrun.replica_groups import axes_of, parse_groups, spanned_axes
 from tests.dryrun.texts import read
@@ -76,6 +76,8 @@ def test_tpu_exchanges():
     assert (ragged.operand_bytes, ragged.output_bytes) == (1024 * 512 * 2, 2048 * 512 * 2)
     assert ragged.wire_bytes == 1024 * 512 * 2 * 3 // 4
     assert str(ragged.source) == "moe/dispatch/exchange.py:37"
+    # The way back reads the buffer with room to spare and writes the rows.
+    assert _wire_bytes("ragged-all-to-all", 8 * 1024, 1024, 4) == 1024 * 3 // 4
     permute = found["collective-permute"]
     assert (permute.axes, permute.operand_bytes, permute.is_async) == (
         ("tensor",),
