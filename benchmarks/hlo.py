@@ -10,10 +10,11 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r" ([a-z][\w\-]*)\(")
 _SHAPE = re.compile(r"\b[a-z]+\d*\[([\d,]+)\]")
-_CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
+_CALLED = re.compile(r"(?:calls=%?|to_apply=%?|custom_call_target=\")([\w.\-]+)")
 _FRAME = re.compile(r"stack_frame_id=(\d+)")
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
-_PRODUCTS = ("dot", "convolution", "custom-call")
+_PRODUCTS = ("dot", "convolution")
+_LIBRARIES = ("gemm", "matmul", "blas")  # in the targets of custom calls
 
 
 class Instruction(NamedTuple):
@@ -23,7 +24,7 @@ class Instruction(NamedTuple):
     computation: str
     opcode: str
     elements: tuple[int, ...]  # of every array that it makes; a tuple makes several
-    called: str | None  # the computation of a fusion or a call
+    called: str | None  # the computation of a fusion or a call, the target of a custom call
     frame: int  # 0 where no line of Python is behind it
 
 
@@ -52,10 +53,16 @@ class Program:
                 yield from ((one.name, size) for size in one.elements)
 
     def is_product(self, name: str) -> bool:
-        """Whether an instruction is a product of matrices, or a fusion around one."""
+        """Whether an instruction is a product of matrices, or a fusion around one.
+
+        A custom call is one if its target says so, or if it is a call of `moe/dispatch`, which has no others.
+        """
         one = self.instructions.get(name)
         if one is None:
             return False
+        if one.opcode == "custom-call":
+            dispatch = any("moe/dispatch/" in place.file for place in self.stack(name))
+            return dispatch or any(word in (one.called or "").lower() for word in _LIBRARIES)
         inside = () if one.opcode != "fusion" else self._opcodes.get(one.called or "", ())
         return any(opcode in _PRODUCTS for opcode in (one.opcode, *inside))
 

@@ -168,6 +168,47 @@ def test_step_spends_its_time_in_parts_that_are_known(one_device):
     assert sum(float(share.rstrip("%")) for share in parts.values()) == pytest.approx(100, abs=1)
 
 
+PROGRAM = """HloModule one
+FileNames
+1 "x/moe/dispatch/blas.py"
+2 "x/moe/routing/topk.py"
+FunctionNames
+1 "product"
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=1 end_line=1 column=1 end_column=2}
+2 {file_name_id=2 function_name_id=1 line=1 end_line=1 column=1 end_column=2}
+StackFrames
+1 {file_location_id=2 parent_frame_id=1}
+2 {file_location_id=1 parent_frame_id=2}
+
+%inside (a: f32[8,4]) -> f32[8,8] {
+  %a = f32[8,4]{1,0} parameter(0)
+  ROOT %dot.1 = f32[8,8]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+
+ENTRY %main (p: f32[8,4]) -> f32[8,8] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %top = (f32[8,2]{1,0}, s32[8,2]{1,0}) custom-call(%p), custom_call_target="TopK", metadata={stack_frame_id=1}
+  %call = f32[8,8]{1,0} custom-call(%p), custom_call_target="ffi_call", metadata={stack_frame_id=2}
+  %gemm = f32[8,8]{1,0} custom-call(%p), custom_call_target="__gemm"
+  ROOT %fused = f32[8,8]{1,0} fusion(%p), kind=kCustom, calls=%inside
+}
+"""
+
+
+def test_products_and_buffers_of_a_program():
+    program = hlo.Program(PROGRAM)
+    names = [name for name in program.instructions if program.is_product(name)]
+    assert names == ["dot.1", "call", "gemm", "fused"]
+    assert [*program.buffers()] == [
+        *(("top", 16), ("top", 16), ("call", 64), ("gemm", 64), ("fused", 64))
+    ]
+    assert [place.file for place in program.stack("call")] == [
+        *("x/moe/dispatch/blas.py", "x/moe/routing/topk.py")
+    ]
+    assert program.stack("gemm") == []
+
+
 def test_frames_name_the_part():
     place = hlo.Place
     head = [place("x/moe/model/experts.py", "project"), place("x/moe/model/transformer.py", "f")]
