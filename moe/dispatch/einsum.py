@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from moe.axes import EXPERT
+from moe.axes import EXPERT, SEQUENCE
 from moe.dispatch.capacity import Seating, group_size, renormalized, slots
 from moe.dispatch.plans import BY_SEQUENCE, by_expert, constrain
 from moe.dispatch.reference import batched_matmul
 from moe.dispatch.types import Dispatched, ExpertFn, num_experts
 from moe.errors import ConfigError
+from moe.parallel.rules import token_spec
 from moe.routing.types import Choices
 
 
@@ -43,7 +44,8 @@ def einsum(
     """
     how = Seating(**seating)
     (B, S, D), K, E = x.shape, choices.expert.shape[-1], num_experts(params)
-    P = group_size(how.group, S)
+    cut = 1 if mesh is None or SEQUENCE not in token_spec(mesh, S) else mesh.shape[SEQUENCE]
+    P = group_size(how.group, S, cut)
     C = slots(how.capacity_factor, P, K, E, how.capacity_multiple)
     choices = Choices(*(a.reshape(-1, P, K) for a in choices))
     G = choices.expert.shape[0]
@@ -54,9 +56,11 @@ def einsum(
     dispatch = jnp.einsum("gpke,gpkc->gpec", chosen.astype(x.dtype), taken.astype(x.dtype))
     combine = jnp.einsum("gpk,gpke,gpkc->gpec", gate, chosen.astype(gate.dtype), taken)
     rows = jnp.einsum("gpec,gpd->egcd", dispatch, x.reshape(G, P, D))
-    rows = constrain(rows, by_expert(expert_axes), mesh)
+    on_experts, rest = by_expert(expert_axes)
+    where = on_experts, (*rest, SEQUENCE) if cut > 1 else rest
+    rows = constrain(rows, where, mesh)
     outputs = expert_fn(params, rows.reshape(E, G * C, D), batched_matmul).reshape(E, G, C, D)
-    outputs = constrain(outputs, by_expert(expert_axes), mesh)
+    outputs = constrain(outputs, where, mesh)
     y = jnp.einsum("gpec,egcd->gpd", combine, outputs, preferred_element_type=jnp.float32)
     y = constrain(y.astype(x.dtype).reshape(B, S, D), BY_SEQUENCE, mesh)
     return Dispatched(y, kept.reshape(B, S, K))

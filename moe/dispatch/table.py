@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from moe.axes import BATCH_AXES, EXPERT, SEQUENCE, TENSOR
 from moe.dispatch.capacity import Seating, capacity, group_size
 from moe.dispatch.chunks import in_chunks
+from moe.dispatch.edges import vary_together
 from moe.dispatch.einsum import einsum
 from moe.dispatch.exchange import capacity_exchange, grouped_exchange
 from moe.dispatch.exchange_gather import capacity_gather, grouped_gather
@@ -77,7 +78,7 @@ def make_dispatch(
         `buffer_factor` is given; else `all_to_all`.
       buffer_factor: of `ragged`: rows that a shard can receive relative to balance; what goes beyond is
         dropped, and reported so. None: room for everything, however uneven the load.
-      chunks: parts of the tokens that are dispatched one after another, to bound memory.
+      chunks: parts of the tokens that are dispatched one after another, to bound memory (`in_chunks`).
       backend: of `grouped`, see `grouped_matmul`; `auto` is the best for the platform of the mesh.
 
     Raises:
@@ -203,7 +204,15 @@ def across(
     expert_axes: tuple[str, ...],
     seating: Seating | None = None,
 ) -> Dispatch:
-    """Runs `path` on every shard of the mesh. Sums over `TENSOR` last, where rows are fewest."""
+    """Runs `path` on every shard of the mesh. Sums over `TENSOR` last, where rows are fewest.
+
+    Args:
+      path: one shard's part.
+      mesh: with the axes of `moe.axes`.
+      param_specs: as for `make_dispatch`.
+      expert_axes: mesh axes that `E` lies on.
+      seating: of the slots, where the path has some.
+    """
 
     def dispatch(
         x: Float[Array, "B S D"], choices: Choices, params: Any, expert_fn: ExpertFn
@@ -216,6 +225,8 @@ def across(
             specs = jax.tree.map(lambda _: PartitionSpec(expert_axes), params)
 
         def shard(x: Array, choices: Choices, params: Any) -> Dispatched:
+            # So that gradients of rows, too, stay parts of sums until they are gradients of tokens.
+            x, *_ = vary_together(x, *jax.tree.leaves(params))
             output, kept = path(x, choices, params, expert_fn)
             if TENSOR in jax.typeof(output).mat.varying:
                 output = jax.lax.psum(output, TENSOR)

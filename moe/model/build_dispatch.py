@@ -1,13 +1,17 @@
 """From the config's section `dispatch` to a function that moves tokens to experts."""
 
+import math
+from typing import Any
+
 from jax.sharding import Mesh
 
 from moe.axes import SEQUENCE
-from moe.config import ConfigDict
+from moe.config import ConfigDict, require
 from moe.dispatch.capacity import group_size
 from moe.dispatch.table import make_dispatch
 from moe.dispatch.types import Dispatch
 from moe.model.experts import expert_specs
+from moe.parallel.mesh import batch_shards
 from moe.parallel.rules import find_rules
 
 BOUNDED = ("capacity", "einsum")  # the paths with slots
@@ -17,7 +21,8 @@ def build_dispatch(config: ConfigDict, mesh: Mesh | None, *, training: bool) -> 
     """How tokens reach experts, in training or in evaluation.
 
     Evaluation drops nothing unless it is told to: paths with slots have `eval_capacity_factor`, and
-    give way to `grouped` where that is None; no buffer is bounded.
+    give way to `grouped` where that is None. A bounded buffer gives way to one with room for everything,
+    and more chunks make it no larger than the bounded one.
 
     Args:
         config: complete config.
@@ -29,12 +34,35 @@ def build_dispatch(config: ConfigDict, mesh: Mesh | None, *, training: bool) -> 
     """
     options = config.dispatch.to_dict()
     name, eval_factor = options.pop("name"), options.pop("eval_capacity_factor")
-    if not training:
-        options |= {"capacity_factor": eval_factor, "buffer_factor": None}
-        name = "grouped" if name in BOUNDED and eval_factor is None else name
-    if name in BOUNDED:
-        shards = 1 if mesh is None else mesh.shape[SEQUENCE]
-        group_size(options["group"], config.data.sequence_length, shards)
     rules = find_rules(config.mesh.rules)
+    if not training:
+        name = "grouped" if name in BOUNDED and eval_factor is None else name
+        options["capacity_factor"] = eval_factor
+        bound = options.pop("buffer_factor")
+        if bound is not None and mesh is not None:
+            shards = math.prod(mesh.shape[axis] for axis in rules.expert_axes)
+            # A power of two has large common divisors with the numbers of tokens that occur.
+            more = math.ceil(max(shards / bound, 1))
+            options["chunks"] *= 1 << (more - 1).bit_length()
+    _check_parts(config, name, options, mesh)
     specs = expert_specs(rules)
     return make_dispatch(name, mesh, param_specs=specs, expert_axes=rules.expert_axes, **options)
+
+
+def _check_parts(config: ConfigDict, name: str, options: dict[str, Any], mesh: Mesh | None) -> None:
+    """Refuses token groups and chunks that the tokens of a device cannot be cut into."""
+    length, shards = config.data.sequence_length, 1 if mesh is None else mesh.shape[SEQUENCE]
+    size = 1
+    if name in BOUNDED:
+        size = group_size(options["group"], length, shards)
+    rows = 1 if mesh is None else batch_shards(mesh)
+    rows = config.data.batch_size // (rows * config.optimizer.accumulation)
+    units = rows * length // (shards * size)
+    chunks = config.dispatch.chunks
+    require(
+        units % chunks == 0,
+        f"dispatch.chunks={chunks} does not divide the {units} "
+        f"{'tokens' if size == 1 else f'token groups of {size} positions'} that a device has at once "
+        f"({rows} rows of {length // shards} positions): chunks have the same size. Use a divisor of "
+        f"{units}.",
+    )

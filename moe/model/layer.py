@@ -274,6 +274,7 @@ class SparseMLP(nnx.Module):
             out = out._replace(kept=out.kept | (plan.valid & (plan.expert >= self.num_ffn)))
             y = out.output.astype(x.dtype) + self._special(x, call, plan, history, start)
         if hasattr(self, "shared"):
+            # Takes nothing from the exchange, so that the compiler may run it while rows travel.
             y = y + self.shared(x)
         return out._replace(output=y)
 

@@ -1,17 +1,21 @@
 """Every exchange gives the oracle's outputs, gradients and drops; a bounded buffer says what it dropped."""
 
 import functools
+import importlib.util
+import re
 
 import jax
 from jax import lax
+from jax.experimental import topologies
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from moe.axes import BATCH_AXES, EXPERT, FSDP, TENSOR
+from moe.axes import BATCH_AXES, EXPERT, FSDP, MESH_AXES, TENSOR
+from moe.dispatch import table
 from moe.dispatch.exchange import arrived_edges
-from moe.dispatch.exchange_ragged import plan_transfer, share
+from moe.dispatch.exchange_ragged import plan_transfer, ragged_exchange, share
 from moe.dispatch.reference import reference
 from moe.dispatch.table import Exchange, make_dispatch
 from moe.dispatch.transfer import move
@@ -224,12 +228,71 @@ def test_bfloat16(name, options):
         np.testing.assert_allclose(got[key].astype(jnp.float32), want, atol=2e-2 * scale)
 
 
-def test_chunks_on_one_device_and_chunks_that_do_not_fit():
+def test_chunks_on_one_device():
+    """Of the chunks, as many as divide the 16 token groups: 4."""
     x, choices, experts = make_case("hot")
     one = functools.partial(make_dispatch, "capacity", None, capacity_factor=0.5, group=3)
-    assert_close(run(one(), x, choices, experts)[1], run(one(chunks=4), x, choices, experts)[1])
-    with pytest.raises(ConfigError, match="does not divide the 16 token groups of 3 positions"):
-        one(chunks=5)(x, choices, experts, swiglu)
+    assert_close(run(one(), x, choices, experts)[1], run(one(chunks=12), x, choices, experts)[1])
+    loop = jax.make_jaxpr(lambda x: one(chunks=12)(x, choices, experts, swiglu).output)(x)
+    assert "length=4" in str(loop)
+
+
+def test_lowers_for_tpu():
+    """Without a TPU or its compiler: rows travel four times, and no gradient asks for more."""
+    mesh = make_mesh((1, 2, 2, 1, 2))
+    path = functools.partial(
+        ragged_exchange, axes=FOLDED, backend="ragged_dot", buffer_factor=2.0, is_native=True
+    )
+    dispatch = table.across(path, mesh, specs(FOLDED), FOLDED)
+
+    def loss(x, gate, choices, experts):
+        return dispatch(x, choices._replace(gate=gate), experts, swiglu).output.sum()
+
+    x, choices, experts = make_case("even")
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 3))).trace(x, choices.gate, choices, experts)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("@ragged_all_to_all(") == 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler")
+@pytest.mark.parametrize(
+    ("sizes", "axes"), [((1, 1, 16, 1, 1), (EXPERT,)), ((1, 2, 4, 1, 2), FOLDED)]
+)
+def test_compiles_for_tpu(sizes, axes, monkeypatch):
+    """Rows travel there and back, and so do their gradients; weights stay where they are."""
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+    mesh = Mesh(np.array(devices).reshape(sizes), MESH_AXES)
+    dispatch = make_dispatch(
+        "grouped", mesh, param_specs=specs(axes), expert_axes=axes, buffer_factor=2.0
+    )
+    B, S, D, F, E, K = 32, 256, 512, 256, 32, 4
+
+    def loss(x, gate, experts, expert, valid):
+        out = dispatch(x, Choices(expert, gate, valid), experts, swiglu).output
+        return out.astype(jnp.float32).mean()
+
+    def like(shape, dtype, spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    wi, wo = specs(axes)
+    rows = PartitionSpec(BATCH_AXES)
+    compiled = (
+        jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+        .lower(
+            like((B, S, D), jnp.bfloat16, rows),
+            like((B, S, K), jnp.float32, rows),
+            Experts(like((E, D, 2, F), jnp.bfloat16, wi), like((E, F, D), jnp.bfloat16, wo)),
+            like((B, S, K), jnp.int32, rows),
+            like((B, S, K), jnp.bool_, rows),
+        )
+        .compile()
+    )
+    text = compiled.as_text()
+    assert len(re.findall(r" ragged-all-to-all(?:-start)?\(", text)) == 4
+    assert not re.search(r"bf16\S* all-gather", text)
 
 
 @pytest.mark.parametrize(

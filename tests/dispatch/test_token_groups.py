@@ -97,6 +97,12 @@ def test_config_refuses_groups_before_anything_compiles():
     with pytest.raises(ConfigError, match=r"dispatch\.group=64"):
         build_dispatch(config, None, training=True)
     build_dispatch(config, None, training=False)  # which has no slots
+    with pytest.raises(ConfigError, match="does not divide the 64 token groups of 64 positions"):
+        build_dispatch(
+            config_with("dispatch.name=capacity", "dispatch.group=64", "dispatch.chunks=3"),
+            None,
+            training=True,
+        )
     whole = config_with("dispatch.name=einsum", "dispatch.eval_capacity_factor=2")
     with pytest.raises(ConfigError, match=r"dispatch\.group=128"):
         build_dispatch(whole, mesh, training=False)
