@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe.dispatch.types import Matmul
-from moe.parallel.rules import Rules, parameter_spec, sequence_shards
+from moe.parallel.rules import Rules, parameter_spec, token_rows
 
 # name -> (parallel input projections, non-linearity). A gated unit multiplies two projections.
 ACTIVATIONS = {
@@ -101,15 +101,6 @@ def project(x: Float[Array, "B S ..."], kernel: Array, inputs: int = 1) -> Float
     rows = token_rows(x.reshape(*x.shape[:2], size))
     out = rows @ kernel.astype(x.dtype).reshape(size, -1)
     return out.reshape(*x.shape[:2], *kernel.shape[inputs:])
-
-
-def token_rows(x: Float[Array, "B S X"]) -> Float[Array, "... X"]:
-    """`[T X]` for products of matrices; as it is where `S` is sharded.
-
-    XLA:CPU takes almost twice as long for the gradients of a product with `B` and `S` apart. Two
-    sharded axes cannot be joined without gathering one of them.
-    """
-    return x if sequence_shards(x.shape[1]) > 1 else x.reshape(-1, x.shape[-1])
 
 
 class MLP(nnx.Module):

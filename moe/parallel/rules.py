@@ -1,8 +1,9 @@
 """Where every axis lives: presets that map the letters of `moe.axes` to mesh axes, in one table.
 
-Parameters carry their letters as metadata (`axes=("E", "D", None, "F")`); one with an `E` belongs to
-the experts. Optimiser moments follow their parameter, activations are constrained once a block. Axes
-that scan or accumulation put in front are never sharded.
+Parameters carry their letters as metadata (`axes=("E", "D", None, "F")`). One of several axes with `E`
+first is a stack of experts; a gate (`D`, `E`) is none: every token asks it about all experts. Optimiser
+moments follow their parameter, activations are constrained once a block. Axes that scan or
+accumulation put in front are never sharded.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from moe.axes import BATCH_AXES, DATA, EXPERT, FSDP, SEQUENCE, TENSOR
 from moe.errors import ConfigError, did_you_mean
@@ -24,7 +25,7 @@ class Rules(NamedTuple):
     """Mesh axes of each letter of a parameter; a letter that is not listed is not sharded."""
 
     purpose: str
-    experts: Mapping[str, Axes]  # of parameters with an E
+    experts: Mapping[str, Axes]  # of stacked experts
     others: Mapping[str, Axes]
     moments: str | None = None  # preset of the optimiser's moments; None: as their parameter
 
@@ -87,7 +88,8 @@ def find_rules(name: str) -> Rules:
 
 def parameter_spec(letters: Sequence[str | None], ndim: int, rules: Rules) -> PartitionSpec:
     """PartitionSpec of a parameter whose last axes are named by `letters`; axes before them are replicated."""
-    table = rules.experts if "E" in letters else rules.others
+    stacked = len(letters) > 1 and letters[0] == "E"
+    table = rules.experts if stacked else rules.others
     named = [None if letter is None else table.get(letter) for letter in letters]
     return PartitionSpec(*([None] * (ndim - len(named))), *named)
 
@@ -164,8 +166,12 @@ def cut_positions(x: Array) -> Array:
 
 
 def gather_positions(x: Array) -> Array:
-    """`[B S ...]` with all positions on every device of `sequence`, other axes as they are."""
-    return _constrain_positions(x, None)
+    """`[B S ...]` with all positions on every device of `sequence`, other axes as they are.
+
+    Each device has computed its own, and gets the gradient of its own (a constraint holds for the
+    gradient too).
+    """
+    return _constrain_positions(cut_positions(x), None)
 
 
 def _constrain_positions(x: Array, axis: str | None) -> Array:
@@ -173,3 +179,12 @@ def _constrain_positions(x: Array, axis: str | None) -> Array:
         return x
     free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 2)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, axis, *free))
+
+
+def token_rows(x: Float[Array, "B S X"]) -> Float[Array, "... X"]:
+    """`[T X]` for a product of matrices; `[B S X]` as it is where `S` is sharded.
+
+    XLA:CPU takes about twice as long for the gradients of a product with `B` and `S` apart. Two
+    sharded axes cannot be joined without gathering one of them.
+    """
+    return x if sequence_shards(x.shape[1]) > 1 else x.reshape(-1, x.shape[-1])

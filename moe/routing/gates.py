@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from moe.parallel.rules import token_rows
 from moe.routing.types import Scalar
 
 
@@ -41,13 +42,11 @@ def project(tokens: Float[Array, "B S D"], kernel: Float[Array, "D X"]) -> Float
     """`tokens @ kernel` in float32 at the highest precision.
 
     A choice between two experts hangs on differences that bfloat16 cannot hold (Fedus et al. 2022,
-    section 2.4, "selective precision"). One product of matrices `[T D] @ [D X]`: XLA:CPU takes more
-    than twice as long for the gradients of the same product with `B` and `S` apart.
+    section 2.4, "selective precision").
     """
-    B, S, D = tokens.shape
-    flat = tokens.astype(jnp.float32).reshape(B * S, D)
-    logits = jnp.matmul(flat, kernel, precision=jax.lax.Precision.HIGHEST)
-    return logits.reshape(B, S, kernel.shape[1])
+    rows = token_rows(tokens.astype(jnp.float32))
+    logits = jnp.matmul(rows, kernel, precision=jax.lax.Precision.HIGHEST)
+    return logits.reshape(*tokens.shape[:2], kernel.shape[1])
 
 
 class LinearGate(nnx.Module):

@@ -1,5 +1,7 @@
 """The presets of sharding rules: where parameters lie, and that no preset changes a number."""
 
+from pathlib import Path
+
 from jax.sharding import PartitionSpec as P
 import pytest
 
@@ -47,6 +49,9 @@ def test_where_parameters_lie(name):
         assert parameter_spec(letters, len(letters), rules) == spec
     # A layer axis in front is not sharded.
     assert parameter_spec(DENSE, 4, rules) == P(None, *SPECS[name][1])
+    # A gate is no stack of experts: all of its columns are everywhere.
+    assert parameter_spec(("D", "E"), 2, rules) == P(SPECS[name][1][0], None)
+    assert parameter_spec(("E",), 1, rules) == P(None)
     # A shard of the exchange sees whole experts, whatever axis they are gathered over before.
     wi, wo = expert_specs(rules)
     E = SPECS[name][0][0]
@@ -64,6 +69,25 @@ def test_every_preset_is_well_formed(rules):
     for first, second in (("E", "D"), ("E", "F"), ("D", "F")):
         used = [*rules.experts.get(first, ()), *rules.experts.get(second, ())]
         assert len(used) == len(set(used))
+
+
+def test_the_page_shows_the_table():
+    page = (Path(__file__).parents[2] / "docs" / "parallelism.md").read_text()
+    rows = [
+        [cell.strip(" `") for cell in line.split("|")[1:-1]]
+        for line in page.splitlines()
+        if line.count("|") == 8 and line.startswith("| `") and "mesh.rules" not in line
+    ]
+
+    def text(axes):
+        return ", ".join(axes or ("whole",))
+
+    for (name, *cells), (wanted, rules) in zip(rows, RULES.items(), strict=True):
+        experts, others = rules.experts, rules.others
+        moments = "as parameters" if rules.moments is None else f"as `{rules.moments}`".strip("`")
+        lies = [experts["E"], experts.get("D"), others.get("D")]
+        assert name == wanted
+        assert cells[:5] == [*map(text, lies), moments, text(rules.expert_axes)]
 
 
 def skeleton():
