@@ -1,14 +1,13 @@
 """From the config's section `dispatch` to a function that moves tokens to experts."""
 
 import math
-from typing import Any
 
 from jax.sharding import Mesh
 
 from moe.axes import SEQUENCE
 from moe.config import ConfigDict, require
 from moe.dispatch.capacity import group_size
-from moe.dispatch.table import make_dispatch
+from moe.dispatch.table import EXCHANGES, make_dispatch
 from moe.dispatch.types import Dispatch
 from moe.model.experts import expert_specs
 from moe.parallel.mesh import batch_shards
@@ -44,25 +43,29 @@ def build_dispatch(config: ConfigDict, mesh: Mesh | None, *, training: bool) -> 
             # A power of two has large common divisors with the numbers of tokens that occur.
             more = math.ceil(max(shards / bound, 1))
             options["chunks"] *= 1 << (more - 1).bit_length()
-    _check_parts(config, name, options, mesh)
+        if name not in EXCHANGES[options["exchange"]]:  # chosen for another path
+            options["exchange"] = "auto"
+    size = 1
+    if name in BOUNDED:
+        length, shards = config.data.sequence_length, 1 if mesh is None else mesh.shape[SEQUENCE]
+        size = group_size(options["group"], length, shards)
+    if training:
+        _check_chunks(config, mesh, size)
     specs = expert_specs(rules)
     return make_dispatch(name, mesh, param_specs=specs, expert_axes=rules.expert_axes, **options)
 
 
-def _check_parts(config: ConfigDict, name: str, options: dict[str, Any], mesh: Mesh | None) -> None:
-    """Refuses token groups and chunks that the tokens of a device cannot be cut into."""
-    length, shards = config.data.sequence_length, 1 if mesh is None else mesh.shape[SEQUENCE]
-    size = 1
-    if name in BOUNDED:
-        size = group_size(options["group"], length, shards)
-    rows = 1 if mesh is None else batch_shards(mesh)
-    rows = config.data.batch_size // (rows * config.optimizer.accumulation)
-    units = rows * length // (shards * size)
+def _check_chunks(config: ConfigDict, mesh: Mesh | None, size: int) -> None:
+    """Refuses chunks that the token groups, of `size` positions, of a device cannot be cut into."""
+    cut, shards = (1, 1) if mesh is None else (batch_shards(mesh), mesh.shape[SEQUENCE])
+    rows = config.data.batch_size // (cut * config.optimizer.accumulation)
+    length = config.data.sequence_length // shards
+    units = rows * length // size
     chunks = config.dispatch.chunks
     require(
         units % chunks == 0,
         f"dispatch.chunks={chunks} does not divide the {units} "
         f"{'tokens' if size == 1 else f'token groups of {size} positions'} that a device has at once "
-        f"({rows} rows of {length // shards} positions): chunks have the same size. Use a divisor of "
+        f"({rows} rows of {length} positions): chunks have the same size. Use a divisor of "
         f"{units}.",
     )

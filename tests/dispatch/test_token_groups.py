@@ -121,6 +121,8 @@ def test_evaluation_drops_nothing_unless_told_to():
     config.dispatch.eval_capacity_factor = 0.5
     out = build_dispatch(config, None, training=False)(x, choices, experts, swiglu)
     np.testing.assert_array_equal(out.kept, kept[True])
+    config.dispatch.exchange = "ragged"  # of a run that was trained with another path
+    build_dispatch(config, None, training=False)
     bounded = config_with("dispatch.exchange=ragged", "dispatch.buffer_factor=1", "mesh.expert=4")
     mesh = make_mesh((1, 1, 4, 1))
     for training in (True, False):
