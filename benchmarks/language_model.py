@@ -60,10 +60,10 @@ def measure(repeats: int, sizes: Sizes = Sizes()) -> list[Row]:  # noqa: B008 - 
 
 
 def rest_row(told: list[Shares]) -> Row:
-    """The share of everything but products of matrices, round by round."""
-    above = tuple(1.0 - shares.products for shares in told)
+    """The share of everything but products of matrices, round by round; its parts as the note."""
+    above = tuple(sum(shares.others.values()) for shares in told)
     name = "language model step outside matrix products"
-    return Row(name, above, (1.0,) * len(above), kind="share", note=parts_note(told[-1]))
+    return Row(name, above, (1.0,) * len(above), kind="share", note=parts_note(told[-1].others))
 
 
 def config(sizes: Sizes) -> ConfigDict:

@@ -41,7 +41,7 @@ class Shares(NamedTuple):
     """Shares of the time from the first operation of a step to its last."""
 
     parts: dict[str, float]  # by PARTS, "rest" of the model, "unnamed" and IDLE
-    products: float  # products of matrices
+    others: dict[str, float]  # the same without products of matrices
 
 
 def profile(step: Callable[[], object], text: str) -> Shares:
@@ -66,11 +66,13 @@ def profile(step: Callable[[], object], text: str) -> Shares:
     taken = spread(told, {one.name for one in told if program.holds_others(one.name)})
     total = sum(taken.values())
     parts: dict[str, float] = defaultdict(float)
+    others: dict[str, float] = defaultdict(float)
     for name, nanoseconds in taken.items():
         part = IDLE if name == IDLE else part_of(program.stack(name))
         parts[part] += nanoseconds / total
-    products = sum(t for name, t in taken.items() if program.is_product(name))
-    return Shares(dict(parts), products / total)
+        if not program.is_product(name):
+            others[part] += nanoseconds / total
+    return Shares(dict(parts), dict(others))
 
 
 def part_of(stack: list[Place]) -> str:

@@ -32,10 +32,12 @@ def outside_row(told: list[Shares]) -> Row:
     """The share of everything but INSIDE, round by round; the parts of the last round as its note."""
     above = tuple(1.0 - sum(shares.parts.get(part, 0.0) for part in INSIDE) for shares in told)
     name = "quickstart step outside attention and experts"
-    return Row(name, above, (1.0,) * len(above), OUTSIDE, kind="share", note=parts_note(told[-1]))
+    return Row(
+        name, above, (1.0,) * len(above), OUTSIDE, kind="share", note=parts_note(told[-1].parts)
+    )
 
 
-def parts_note(shares: Shares) -> str:
+def parts_note(parts: dict[str, float]) -> str:
     """As `experts 60%, attention 25%, ...`, largest first."""
-    ordered = sorted(shares.parts.items(), key=lambda item: -item[1])
+    ordered = sorted(parts.items(), key=lambda item: -item[1])
     return ", ".join(f"{part} {share:.1%}" for part, share in ordered)

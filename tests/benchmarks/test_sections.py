@@ -253,7 +253,9 @@ def test_language_model_without_pytorch(one_device, monkeypatch):
     sizes = language_model.Sizes(1, 32, 2, 32, 2, 320, 4, 2, 16)
     found = language_model.measure(1, sizes)
     assert [math.isnan(row.value) for row in found] == [True, True, False]
+    told = [float(part.rsplit(" ", 1)[1].rstrip("%")) for part in found[2].note.split(", ")]
     assert 0 < found[2].value < 1
+    assert sum(told) == pytest.approx(100 * found[2].value, abs=1)
 
 
 def test_language_models_have_the_same_sizes():
