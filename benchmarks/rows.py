@@ -104,14 +104,15 @@ class Section(NamedTuple):
     origin: dict[str, Any]  # machine, versions, commit, command, repeats
 
 
-def regressions(new: Mapping[str, Section], old: Mapping[str, Section]) -> list[str]:
-    """All regressions of the sections that both have."""
-    found = []
-    for name in new:
-        stored = {row.name: row for row in old[name].rows} if name in old else {}
-        told = (regression(row, stored[row.name]) for row in new[name].rows if row.name in stored)
-        found += [text for text in told if text is not None]
-    return found
+def pairs(new: Mapping[str, Section], old: Mapping[str, Section]) -> list[tuple[Row, Row]]:
+    """Rows that both have, by section and name: `(new, old)`."""
+    stored = {(name, row.name): row for name, section in old.items() for row in section.rows}
+    return [
+        (row, stored[name, row.name])
+        for name, section in new.items()
+        for row in section.rows
+        if (name, row.name) in stored
+    ]
 
 
 def save(path: Path, sections: Mapping[str, Section]) -> None:

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     new = measure(names, FLAGS.repeats, store)
     if FLAGS.write:
         table.write(README, rows.load(store or Path(FLAGS.baseline)))
-    return 0 if old is None else report(rows.regressions(new, old))
+    return 0 if old is None else report(rows.pairs(new, old))
 
 
 def measure(names: list[str], repeats: int, store: Path | None) -> dict[str, rows.Section]:
@@ -57,9 +57,13 @@ def measure(names: list[str], repeats: int, store: Path | None) -> dict[str, row
     return new
 
 
-def report(found: list[str]) -> int:
-    """Prints regressions; the exit code."""
-    print("\nworse than stored, beyond noise:" if found else "\nnothing is worse than stored")
+def report(pairs: list[tuple[rows.Row, rows.Row]]) -> int:
+    """Prints regressions; the exit code, which is 1 too where there is nothing to compare."""
+    if not pairs:
+        print("\nno row that was measured is stored: nothing was compared")
+        return 1
+    found = [text for text in (rows.regression(*pair) for pair in pairs) if text is not None]
+    print(f"\n{len(found)} of {len(pairs)} rows are worse than stored, beyond noise")
     for line in found:
         print(f"  {line}")
     return 1 if found else 0

@@ -87,9 +87,14 @@ def test_what_cannot_be_compared_is_not():
 def test_sections_are_compared_by_the_names_of_their_rows():
     old = {"a": Section((noisy(1.2), noisy(1.2)._replace(name="two")), {})}
     bad = noisy(3.0, seed=1)
-    assert len(rows.regressions({"a": Section((bad,), {})}, old)) == 1
-    assert rows.regressions({"a": Section((bad._replace(name="three"),), {})}, old) == []
-    assert rows.regressions({"b": Section((bad,), {})}, old) == []
+    assert rows.pairs({"a": Section((bad,), {})}, old) == [(bad, noisy(1.2))]
+    assert rows.pairs({"a": Section((bad._replace(name="three"),), {})}, old) == []
+    assert rows.pairs({"b": Section((bad,), {})}, old) == []
+
+
+def test_a_check_of_nothing_fails(capsys):
+    assert run.report([]) == 1
+    assert "nothing was compared" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -209,7 +214,7 @@ def test_what_is_measured_is_stored_at_once_and_compared(tmp_path, monkeypatch, 
     stored = rows.load(store)
     assert list(stored) == ["skew"]
     assert {"machine", "versions", "commit", "command"} <= set(stored["skew"].origin)
-    assert run.report(rows.regressions(stored, stored)) == 0
+    assert run.report(rows.pairs(stored, stored)) == 0
     worse = {"skew": stored["skew"]._replace(rows=(noisy(2.0, seed=1),))}
-    assert run.report(rows.regressions(worse, stored)) == 1
+    assert run.report(rows.pairs(worse, stored)) == 1
     assert "one: 1.986 (" in capsys.readouterr().out
