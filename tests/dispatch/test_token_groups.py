@@ -22,16 +22,20 @@ from tests.dispatch.test_exchange import FLAT_MESH, across, make_case
 from tests.dispatch.test_mesh import assert_close, make_mesh
 
 
+def outcome(path, x, choices, experts):
+    """Output and kept choices, compiled."""
+    return jax.jit(lambda *args: path(*args, swiglu))(x, choices, experts)
+
+
 def test_a_group_is_a_row_of_its_own():
     x, choices, experts = test_einsum.make_case()
-    options = {"capacity_factor": 0.7, "priority": "choice_major"}
-    want = run(functools.partial(capacity, **options, group=6), x, choices, experts)[1]
+    path = functools.partial(capacity, capacity_factor=0.7, priority="choice_major")
+    want = outcome(functools.partial(path, group=6), x, choices, experts)
     cut = Choices(*(a.reshape(4, 6, -1) for a in choices))
-    got = capacity(x.reshape(4, 6, -1), cut, experts, swiglu, **options)
-    np.testing.assert_array_equal(want["kept"].reshape(4, 6, -1), got.kept)
-    np.testing.assert_allclose(want["output"].reshape(4, 6, -1), got.output, rtol=1e-6)
-    whole = capacity(x, choices, experts, swiglu, **options)
-    assert (whole.kept != want["kept"]).any()
+    got = outcome(path, x.reshape(4, 6, -1), cut, experts)
+    np.testing.assert_array_equal(want.kept.reshape(4, 6, -1), got.kept)
+    np.testing.assert_allclose(want.output.reshape(4, 6, -1), got.output, rtol=1e-6)
+    assert (outcome(path, x, choices, experts).kept != want.kept).any()
 
 
 @pytest.mark.parametrize("name", ["capacity", "einsum"])
@@ -110,23 +114,22 @@ def test_config_refuses_groups_before_anything_compiles():
 
 def test_evaluation_drops_nothing_unless_told_to():
     x, choices, experts = make_case("hot")
+    case = x, choices, ExpertParams(*experts)
     config = config_with("dispatch.name=capacity", "dispatch.capacity_factor=0.5")
     config.data.sequence_length = 6
     kept = {
-        training: build_dispatch(config, None, training=training)(x, choices, experts, swiglu).kept
+        training: outcome(build_dispatch(config, None, training=training), *case).kept
         for training in (True, False)
     }
     assert kept[True].sum() < choices.valid.sum()
     np.testing.assert_array_equal(kept[False], choices.valid)
     config.dispatch.eval_capacity_factor = 0.5
-    out = build_dispatch(config, None, training=False)(x, choices, experts, swiglu)
+    out = outcome(build_dispatch(config, None, training=False), *case)
     np.testing.assert_array_equal(out.kept, kept[True])
     config.dispatch.exchange = "ragged"  # of a run that was trained with another path
     build_dispatch(config, None, training=False)
     bounded = config_with("dispatch.exchange=ragged", "dispatch.buffer_factor=1", "mesh.expert=4")
     mesh = make_mesh((1, 1, 4, 1))
     for training in (True, False):
-        path = build_dispatch(bounded, mesh, training=training)
-        kept = jax.jit(lambda *args, path=path: path(*args, swiglu).kept)
-        out = kept(x, choices, ExpertParams(*experts))
-        assert bool((out == choices.valid).all()) is not training
+        out = outcome(build_dispatch(bounded, mesh, training=training), *case)
+        assert bool((out.kept == choices.valid).all()) is not training
