@@ -1,172 +1,134 @@
-"""The same numbers on every mesh: loss, gradients, drops, router state and parameters after a step."""
+"""The same numbers on every mesh: loss, gradients, drops and router state after a step.
+
+`scripts/invariance.py` prints the whole matrix.
+"""
 
 import functools
+import json
+import os
+import subprocess
+import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import models, routers
-from moe import setup
+from configs import routers
+from moe import invariance, setup
 from moe.cli import complete_config
-from moe.config import ConfigDict, default_config
-from moe.data.types import Batch
-from moe.model.build import model_spec
-from moe.parallel.mesh import make_mesh
-from moe.parallel.rules import find_rules
-from moe.training import optimizer
-from moe.training.state import initialize, make_skeleton, state_shardings
-from moe.training.step import StepMetrics
+from moe.config import ConfigDict
+from moe.dispatch.table import EXCHANGES
+from moe.errors import ConfigError
+from moe.invariance import VOCAB, Outcome, base_config, compare, dropped
+from moe.invariance_cells import (
+    DISPATCHES,
+    HOT,
+    MESHES,
+    ROUTERS,
+    Cell,
+    all_cells,
+    check_names,
+    cover,
+    failure_text,
+    parse_mesh,
+    table,
+)
+from moe.training.state import initialize
+from tests.parallel.test_processes import ROOT
 
-VOCAB, B, S = 64, 16, 16
+__all__ = ["VOCAB", "base_config"]  # for the tests of other parts
 
-MESHES = {
-    "data2": {"data": 2},
-    "expert4": {"expert": 4},
-    "data8": {"data": 8},
-    "data2_expert2_tensor2": {"data": 2, "expert": 2, "tensor": 2},
-    "fsdp2_expert4": {"fsdp": 2, "expert": 4},
-}
-# Router, its options, dispatch, capacity factor. Sigmoid gates, biases, tables and draws are all here.
+# Router and dispatch of the cases that tests of other parts run too.
 CASES = {
-    "topk_grouped": ({"name": "topk", "k": 2}, "grouped", None),
-    "topk_capacity": ({"name": "topk", "k": 2}, "capacity", 0.75),
-    "switch_capacity": ({"name": "switch", "k": 1, "jitter": 0.01}, "capacity", 1.0),
-    "deepseek_v3_grouped": (
-        {"name": "deepseek_v3", "k": 2, "groups": 4, "groups_kept": 2, "bias_rate": 0.01},
-        "grouped",
-        None,
-    ),
-    "random_grouped": ({"name": "random", "k": 2}, "grouped", None),
-    "hash_capacity": ({"name": "hash", "k": 2}, "capacity", 1.0),
+    "topk_grouped": ("topk", "grouped"),
+    "topk_capacity": ("topk", "capacity"),
+    "switch_capacity": ("switch", "capacity"),
+    "deepseek_v3_grouped": ("deepseek_v3", "grouped"),
+    "random_grouped": ("random", "grouped"),
+    "hash_capacity": ("hash", "capacity"),
 }
-
-
-def make_batch() -> Batch:
-    """Rows of two documents, a padded tail, and one row of padding only."""
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(1, VOCAB, (B, S)).astype(np.int32)
-    valid = np.ones((B, S), bool)
-    valid[1, 10:] = False
-    valid[2] = False
-    segments = np.where(np.arange(S) < 7, 1, 2) * valid
-    positions = np.where(np.arange(S) < 7, np.arange(S), np.arange(S) - 7)
-    return Batch(
-        tokens * valid,
-        np.roll(tokens, -1, axis=1) * valid,
-        segments.astype(np.int32),
-        np.broadcast_to(positions, (B, S)).astype(np.int32),
-        valid,
-        np.zeros(B, np.int32),
-    )
-
-
-def base_config() -> ConfigDict:
-    base = default_config()
-    base.model.update(models.tiny())
-    base.model.update({"width": 16, "pattern": ("dense", "sparse"), "expert_width": 16})
-    base.data.update({"batch_size": B, "sequence_length": S})
-    return base
 
 
 def config_of(case: str) -> ConfigDict:
-    base = base_config()
+    """Of a case, or of a preset of a router."""
     if case in routers.PRESETS:
-        base.model.num_experts = 16  # a square, and groups of several sizes
-        routers.apply(base, case)
-        for key, value in SHORT.get(case, {}).items():
-            base.router[key] = value
-    else:
-        router, dispatch, factor = CASES[case]
-        base.dispatch.update({"name": dispatch, "capacity_factor": factor})
-        with base.unlocked():
-            base.router = router
-    return complete_config(base)
+        return invariance.make_config(**invariance.of_preset(routers.apply, case))
+    router, dispatch = CASES[case]
+    return invariance.make_config(**ROUTERS[router], dispatch=DISPATCHES[dispatch])
 
 
-# Segments that fit into these short rows.
-SHORT = {
-    "lory": {"segment": 4},
-    "segment": {"segment_size": 4},
-    "segment_self": {"segment_size": 4},
-    "document_pool": {"segment_size": 4},
-}
-
-
-def take_step(case: str, sizes: dict[str, int]) -> tuple[StepMetrics, dict, dict]:
-    return step_of(config_of(case), sizes)
-
-
-def step_of(config: ConfigDict, sizes: dict[str, int]) -> tuple[StepMetrics, dict, dict]:
-    count = int(np.prod(list(sizes.values())))
-    mesh = make_mesh(**{"data": 1, **sizes}, devices=jax.devices()[:count])
-    classes = 3 if config.task.name == "classify" else 0
-    spec = model_spec(config, VOCAB, np.arange(VOCAB), classes=classes)
-    skeleton = make_skeleton(spec)
-    adam = optimizer.adam(b1=0.9, b2=0.95, eps=1e-8)
-    shardings = state_shardings(skeleton, adam, mesh, find_rules(config.mesh.rules))
-    run = setup.Run(config, mesh, None, spec, skeleton, adam, shardings, jnp.ones(VOCAB, jnp.int32))
-    with jax.set_mesh(mesh):
-        state = jax.jit(lambda key: initialize(spec, adam, key), out_shardings=shardings)(
-            setup.root_key(0, 0)
-        )
-        step = setup.jit_train_step(run)
-        batch = setup.to_device(mesh)(make_batch())
-        state, told = step(state, batch, setup.root_key(0, 1), setup.hyper(run))
-        moments = jax.device_get(state.optimizer.mu)
-        return jax.device_get(told), moments, jax.device_get(state.router)
-
-
-# A covering subset for every run; the full product is marked slow.
-COVER = {
-    ("topk_grouped", "data2_expert2_tensor2"),
-    ("topk_capacity", "fsdp2_expert4"),
-    ("switch_capacity", "data8"),
-    ("deepseek_v3_grouped", "expert4"),
-    ("random_grouped", "data2"),
-    ("hash_capacity", "data2_expert2_tensor2"),
-}
+def step_of(config: ConfigDict, sizes: dict[str, int]) -> Outcome:
+    """The step on a mesh of these sizes."""
+    pairs = {"data": 1, **sizes}
+    mesh = [(f"mesh.{name}", str(size)) for name, size in pairs.items()]
+    return invariance.take_step(complete_config(config, mesh))
 
 
 @functools.cache
-def alone(case: str) -> tuple[StepMetrics, dict, dict]:
-    return take_step(case, {"data": 1})
+def alone(case: str) -> Outcome:
+    return step_of(config_of(case), {})
+
+
+def same_step(one: Outcome, another: Outcome) -> None:
+    difference = compare(another, one)
+    assert difference.is_within("float32"), difference
+    if one.told.totals is not None:
+        np.testing.assert_array_equal(another.told.totals.requested, one.told.totals.requested)
+        np.testing.assert_array_equal(another.told.totals.kept, one.told.totals.kept)
+
+
+@functools.cache
+def outcome(cell: Cell) -> Outcome:
+    config = invariance.make_config(**ROUTERS[cell.plain_router], **cell.sections)
+    return invariance.take_step(config, hot=cell.hot)
+
+
+NAMES = [name + hot for name in ROUTERS for hot in ("", HOT)]
+HERE = [mesh for mesh in MESHES if parse_mesh(mesh)[1] == 1]
+EVERY = all_cells(NAMES, DISPATCHES, EXCHANGES, HERE, known=ROUTERS)
+CELLS = cover(EVERY, 60)
+QUICK = 8  # the others are marked slow
 
 
 @pytest.mark.parametrize(
-    ("case", "mesh"),
+    "cell",
     [
-        pytest.param(c, m, marks=[] if (c, m) in COVER else pytest.mark.slow)
-        for c in CASES
-        for m in MESHES
+        pytest.param(c, id="-".join(c[:4]), marks=[] if i < QUICK else pytest.mark.slow)
+        for i, c in enumerate(CELLS)
     ],
 )
-def test_one_step_is_the_same_on_every_mesh(case, mesh):
-    same_step(alone(case), take_step(case, MESHES[mesh]))
+def test_one_step_is_the_same_in_every_way(cell):
+    found, wanted = outcome(cell), outcome(cell.oracle)
+    difference = compare(found, wanted)
+    assert difference.is_within(cell.dtype), failure_text(cell, difference)
+    assert (dropped(wanted) > 0) == ("reference" not in cell.oracle.dispatch)
 
 
-def same_step(one: tuple[StepMetrics, dict, dict], another: tuple[StepMetrics, dict, dict]) -> None:
-    (told, moments, router), (other, other_moments, other_router) = one, another
-    for name, value in told.losses.items():
-        np.testing.assert_allclose(other.losses[name], value, rtol=1e-5, err_msg=name)
-    np.testing.assert_allclose(other.grad_norm, told.grad_norm, rtol=1e-5)
-    # The first moment after one step is the clipped gradient times 1 - b1.
-    scale = max(float(np.abs(m).max()) for m in jax.tree.leaves(moments))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * scale),
-        other_moments,
-        moments,
-    )
-    np.testing.assert_array_equal(other.totals.requested, told.totals.requested)
-    np.testing.assert_array_equal(other.totals.kept, told.totals.kept)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), other_router, router
-    )
+def test_quick_cells_have_every_value():
+    """Of routers' kinds, dispatches, exchanges and devices' axes."""
+    some = CELLS[:QUICK]
+    assert {cell.exchange for cell in some} == set(EXCHANGES)
+    assert {cell.dispatch for cell in some} == set(DISPATCHES)
+    assert {cell.plain_router for cell in some} >= {"topk", "switch", "deepseek_v3", "hash"}
+    assert {cell.hot for cell in some} == {True, False}
+    assert len({cell.mesh for cell in some}) == QUICK
 
 
-# One of each plan; the others are marked slow.
-PRESETS = {"expert_choice", "soft_moe", "lory"}
+def test_hot_routers_leave_experts_empty():
+    found = outcome(Cell("topk+hot", "reference", "auto", "1"))
+    assert set(np.unique(found.choices)) == {-1, 0, 1}  # -1 is padding
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", ["topk-capacity", "deepseek_v3-grouped"])
+def test_bfloat16_is_near(cell):
+    one = Cell(*cell.split("-"), "auto", "data2_expert2_tensor2", "bfloat16")
+    difference = compare(outcome(one), outcome(one.oracle))
+    assert difference.is_within("bfloat16"), failure_text(one, difference)
+
+
+# The one whose plan is most unlike choices; the others are marked slow.
+PRESETS = {"soft_moe"}
 
 
 @pytest.mark.parametrize(
@@ -174,9 +136,81 @@ PRESETS = {"expert_choice", "soft_moe", "lory"}
     [pytest.param(n, marks=[] if n in PRESETS else pytest.mark.slow) for n in routers.PRESETS],
 )
 def test_every_router_is_the_same_on_a_mesh(name):
-    same_step(alone(name), take_step(name, MESHES["data2_expert2_tensor2"]))
+    same_step(alone(name), step_of(config_of(name), {"data": 2, "expert": 2, "tensor": 2}))
 
 
-def test_capacity_cases_do_drop():
-    told, _, _ = alone("topk_capacity")
-    assert told.totals.kept.sum() < told.totals.requested.sum()
+def test_fresh_numbers_are_the_same_on_a_mesh():
+    config = invariance.make_config(**ROUTERS["topk"], mesh=parse_mesh("fsdp2_expert4")[0])
+    mesh = setup.mesh_of(config)
+    run = setup.assemble(config, mesh, vocab_size=VOCAB)
+    make = jax.jit(
+        lambda key: initialize(run.spec, run.transformation, key), out_shardings=run.shardings
+    )
+    with jax.set_mesh(mesh):
+        found = jax.device_get(make(setup.root_key(0, 0)))
+    wanted = invariance._numbers(run.spec, config.optimizer.b1, False)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, wanted)
+
+
+def test_the_matrix_is_printed_with_two_processes(tmp_path):
+    """The script itself, on 2 processes of 4 devices."""
+    command = [sys.executable, "scripts/invariance.py", "--routers=topk", "--all"]
+    command += ["--dispatch=capacity", "--exchange=all_to_all", "--meshes=data2_expert4@2"]
+    done = subprocess.run(
+        [*command, f"--json={tmp_path / 'cells.json'}"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 cells are within 1e-05 of the oracle" in done.stdout
+    (row,) = json.loads((tmp_path / "cells.json").read_text())
+    assert row["ok"]
+    assert row["choices"] == 0
+    assert 0 < row["gradient"] < 1e-5
+
+
+def test_a_difference_is_seen():
+    one = alone("topk_capacity")
+    assert compare(one, one) == (0.0, 0.0, 0.0, 0)
+    assert one.choices is not None
+    choices = one.choices.copy()
+    choices[0, 0, 0, 0] += 1
+    gradient = jax.tree.map(np.copy, one.gradient)
+    jax.tree.leaves(gradient)[0].flat[0] += 1.0
+    losses = one.told.losses | {"balance": one.told.losses["balance"] * 1.0001}
+    for wrong in (
+        one._replace(choices=choices),
+        one._replace(gradient=gradient),
+        one._replace(told=one.told._replace(losses=losses)),
+        one._replace(gradient=jax.tree.map(lambda a: a * np.nan, one.gradient)),
+    ):
+        difference = compare(wrong, one)
+        assert not difference.is_within("float32")
+        cell = Cell("topk", "capacity", "auto", "1")
+        assert "!" in table({cell: difference})
+    hidden = compare(one._replace(choices=choices), one)
+    assert hidden.is_within("bfloat16")  # rounding may turn a choice that was nearly a tie
+    assert hidden.choices == 1
+
+
+def test_cells_by_name():
+    section = {"data": 2, "expert": 4, "rules": "folded"}
+    assert parse_mesh("data2_expert4:folded@2") == (section, 2)
+    assert parse_mesh("1") == ({"data": 1}, 1)
+    with pytest.raises(ConfigError, match="'pipe2' is no axis"):
+        parse_mesh("data2_pipe2")
+    with pytest.raises(ConfigError, match=r"'groupd'.*did you mean 'grouped'"):
+        check_names("dispatch", ["groupd"], DISPATCHES)
+    assert Cell("topk", "einsum", "auto", "data8").oracle.dispatch == "capacity_groups"
+    assert Cell("topk", "capacity_large", "ragged", "data8").oracle == (
+        *("topk", "reference", "auto", "1", "float32"),
+    )
+
+
+def test_cover_leaves_out_nothing():
+    for i, values in enumerate(zip(*(c[:4] for c in EVERY), strict=True)):
+        assert {cell[i] for cell in CELLS} == set(values)
+    assert len(set(CELLS)) == len(CELLS) == 60
