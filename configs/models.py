@@ -87,3 +87,26 @@ def qwen3_30b_a3b() -> dict[str, Any]:
         "dtype": "bfloat16",
         "remat": "full",
     }
+
+
+def deepseek_v3_gqa() -> dict[str, Any]:
+    """The shape of DeepSeek-V3 with grouped queries for its latent attention: 671B parameters, 38B active.
+
+    61 layers, the first 3 dense; top-8 of 256 experts and one shared; vocabulary 129,280 (DeepSeek-AI
+    2024, arXiv:2412.19437, section 4.2). The released model's attention is smaller.
+    """
+    return {
+        "num_layers": 61,
+        "first_dense": 3,
+        "width": 7168,
+        "heads": 128,
+        "kv_heads": 8,
+        "head_dim": 128,
+        "mlp_width": 18432,
+        "expert_width": 2048,
+        "num_experts": 256,
+        "shared_experts": 1,
+        "norm_eps": 1e-6,
+        "dtype": "bfloat16",
+        "remat": "full",
+    }

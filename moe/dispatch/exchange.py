@@ -5,11 +5,12 @@ the shards that hold their experts, works on what it receives, and sends the res
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moe.dispatch.capacity import Seating, slot_edges, take_seats
 from moe.dispatch.edges import Edges, combine, spread
@@ -74,47 +75,77 @@ def grouped_exchange(
     *,
     axes: Axes,
     backend: str,
+    buffer_factor: float | None = None,
 ) -> Dispatched:
-    """`grouped` with the experts of one shard in `params`. Drops nothing, however uneven the load.
+    """`grouped` with the experts of one shard in `params`, by parts of one size.
 
-    A ragged exchange by an even one: every shard may send all of its `N = B * S * K` rows to one
-    other, so the parts have `N` rows each, mostly empty; counts tell which rows are real, and the
-    grouped product does no work on the rest. Arguments as for `capacity_exchange`, and the back end
-    of the grouped product.
+    A ragged exchange by an even one: counts tell which rows of a part are real, and the grouped product
+    does no work on the rest. Every shard may send all of its `N = B * S * K` rows to one other, so
+    without a bound the parts have `N` rows each, mostly empty, and nothing is dropped.
+
+    Args:
+      x: tokens of this shard.
+      choices: who goes where, by numbers of all experts.
+      params: the experts of this shard.
+      expert_fn: what one expert does to its rows.
+      axes: that the experts lie on.
+      backend: of the grouped product.
+      buffer_factor: rows of a part, relative to the `N / n` that one of `n` shards gets at balance; what
+        goes beyond is dropped, the last experts' rows first.
     """
     B, S, D = x.shape
     n = lax.axis_size(axes)
     local, sizes = sorted_edges(choices, num_experts(params) * n)
+    N = local.source.shape[0]
+    P = N if buffer_factor is None else min(math.ceil(buffer_factor * N / n), N)
     counts = sizes.reshape(n, -1)  # rows for each of the experts of each shard
-    edges = send_edges(local, counts.sum(1))
+    asked = counts.sum(1)
+    given = jnp.minimum(asked, P)
+    local = local._replace(kept=kept_rows(local, asked, given))
+    edges = send_edges(local, asked, given, P)
     rows = spread(x.reshape(B * S, D), edges)
-    N = rows.shape[0] // n
-    rows = to_experts(rows.reshape(n, N, D), axes).reshape(-1, D)
-    counts = to_experts(counts, axes)
-    starts = jnp.cumsum(counts, axis=1) - counts + N * jnp.arange(n)[:, None]
-    arrived = arrived_edges(counts, starts, n * N)
+    rows = to_experts(rows.reshape(n, P, D), axes).reshape(-1, D)
+    counts = to_experts(cut_counts(counts, given), axes)
+    starts = jnp.cumsum(counts, axis=1) - counts + P * jnp.arange(n)[:, None]
+    arrived = arrived_edges(counts, starts, n * P)
     outputs = run_arrived(rows, arrived, params, expert_fn, backend)
-    outputs = to_experts(outputs.reshape(n, N, D), axes).reshape(-1, D)
+    outputs = to_experts(outputs.reshape(n, P, D), axes).reshape(-1, D)
     y = combine(outputs, choices.gate.reshape(B * S, -1), edges)
-    return Dispatched(y.reshape(B, S, D), choices.valid)
+    return Dispatched(y.reshape(B, S, D), local.kept.reshape(choices.valid.shape))
 
 
-def send_edges(local: Edges, sizes: Int[Array, " n"]) -> Edges:
-    """Splits rows sorted by expert into `n` parts of `N` rows, of which the first `sizes` are real."""
-    N, n = local.source.shape[0], sizes.shape[0]
-    start = jnp.cumsum(sizes) - sizes
-    index = jnp.arange(N)
-    sorted_row = jnp.minimum(start[:, None] + index[None], N - 1)  # [n N]
-    filled = index[None] < sizes[:, None]
-    part = jnp.searchsorted(jnp.cumsum(sizes), local.target, side="right")  # [T K]
-    part = jnp.minimum(part, n - 1)
-    target = part * N + local.target - start[part]
+def kept_rows(edges: Edges, asked: Int[Array, " n"], given: Int[Array, " n"]) -> Bool[Array, "T K"]:
+    """Which choices of this shard are among the rows that their receivers take."""
+    start, part = _parts(edges, asked)
+    return edges.kept & (edges.target - start[part] < given[part])
+
+
+def cut_counts(counts: Int[Array, "n e"], given: Int[Array, " n"]) -> Int[Array, "n e"]:
+    """Rows for each expert when receivers take `given`: the last experts lose first."""
+    return jnp.diff(jnp.minimum(jnp.cumsum(counts, axis=1), given[:, None]), axis=1, prepend=0)
+
+
+def send_edges(local: Edges, asked: Int[Array, " n"], given: Int[Array, " n"], P: int) -> Edges:
+    """Splits rows sorted by expert into `n` parts of `P` rows, of which the first `given` are real."""
+    N = local.source.shape[0]
+    start, part = _parts(local, asked)
+    index = jnp.arange(P)
+    sorted_row = jnp.minimum(start[:, None] + index[None], N - 1)  # [n P]
+    filled = index[None] < given[:, None]
+    target = part * P + local.target - start[part]
     return Edges(
         local.source[sorted_row].reshape(-1),
         filled.reshape(-1),
         jnp.where(local.kept, target, 0),
         local.kept,
     )
+
+
+def _parts(edges: Edges, asked: Int[Array, " n"]) -> tuple[Int[Array, " n"], Int[Array, "T K"]]:
+    """First sorted row of each receiver's part, and the part that each choice is in."""
+    ends = jnp.cumsum(asked)
+    part = jnp.searchsorted(ends, edges.target, side="right", method="compare_all")
+    return ends - asked, jnp.minimum(part, asked.shape[0] - 1)
 
 
 class Arrived(NamedTuple):

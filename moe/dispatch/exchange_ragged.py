@@ -8,10 +8,17 @@ from typing import Any
 
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from moe.dispatch.edges import Edges, combine, spread
-from moe.dispatch.exchange import Axes, arrived_edges, run_arrived, to_experts
+from moe.dispatch.edges import combine, spread
+from moe.dispatch.exchange import (
+    Axes,
+    arrived_edges,
+    cut_counts,
+    kept_rows,
+    run_arrived,
+    to_experts,
+)
 from moe.dispatch.grouped import sorted_edges
 from moe.dispatch.transfer import Transfer, back, move
 from moe.dispatch.types import Dispatched, ExpertFn, num_experts
@@ -59,9 +66,7 @@ def ragged_exchange(
     kept = kept_rows(edges, asked[me], given[me])
     edges = edges._replace(kept=kept)
     rows = move(spread(x.reshape(B * S, D), edges), R, transfer, axes, is_native=is_native)
-    # Of what was cut from the end of a part, the last experts lose first.
-    ends = jnp.minimum(jnp.cumsum(counts, axis=1), given[me][:, None])
-    counts = to_experts(jnp.diff(ends, axis=1, prepend=0), axes)
+    counts = to_experts(cut_counts(counts, given[me]), axes)
     flat = counts.reshape(-1)
     starts = (jnp.cumsum(flat) - flat).reshape(counts.shape)
     arrived = arrived_edges(counts, starts, R)
@@ -93,11 +98,3 @@ def plan_transfer(
         arrival_offsets=lands[:, me],
         origin_offsets=begins[:, me],
     )
-
-
-def kept_rows(edges: Edges, asked: Int[Array, " n"], given: Int[Array, " n"]) -> Bool[Array, "T K"]:
-    """Which choices of this shard are among the rows that their receivers take."""
-    ends = jnp.cumsum(asked)
-    part = jnp.searchsorted(ends, edges.target, side="right", method="compare_all")
-    part = jnp.minimum(part, asked.shape[0] - 1)
-    return edges.kept & (edges.target - (ends - asked)[part] < given[part])

@@ -74,19 +74,20 @@ def make_dispatch(
       exchange: `all_to_all` in even parts; `ragged`, of `grouped`, which sends only rows that exist;
         `all_gather` of tokens with a reduce-scatter of outputs, which sends each token once to every
         shard. `auto`: `all_gather` where a token has at least as many choices as there are shards, for
-        then it sends no more rows; else `ragged` for `grouped` where the platform has it or
-        `buffer_factor` is given; else `all_to_all`.
-      buffer_factor: of `ragged`: rows that a shard can receive relative to balance; what goes beyond is
-        dropped, and reported so. None: room for everything, however uneven the load.
+        then it sends no more rows, unless `buffer_factor` is given; else `ragged` for `grouped` where
+        the devices have it; else `all_to_all`.
+      buffer_factor: of `grouped`: rows that a shard can receive relative to balance, in all (`ragged`)
+        or from each other shard (`all_to_all`); what goes beyond is dropped, and reported so. None:
+        room for everything, however uneven the load.
       chunks: parts of the tokens that are dispatched one after another, to bound memory (`in_chunks`).
       backend: of `grouped`, see `grouped_matmul`; `auto` is the best for the platform of the mesh.
 
     Raises:
       ConfigError: an unknown name, or options that do not go together.
     """
+    how = Exchange(exchange, buffer_factor, _platform(mesh), _has_ragged(mesh), expert_axes)
     if mesh is not None and mesh.size == 1:
         mesh = None
-    how = Exchange(exchange, buffer_factor, _platform(mesh), expert_axes)
     _check_options(name, how, chunks)
     seating = Seating(capacity_factor, priority, group, capacity_multiple, renormalize)
     if name == "reference":
@@ -114,6 +115,7 @@ class Exchange(NamedTuple):
     name: str
     buffer_factor: float | None
     platform: str
+    is_native: bool  # whether the devices have a ragged all-to-all
     axes: tuple[str, ...]
 
     def resolved(self, path: str, n: int, K: int) -> str:
@@ -122,16 +124,9 @@ class Exchange(NamedTuple):
             return "none"
         if self.name != "auto":
             return self.name
-        if path == "grouped" and self.buffer_factor is not None:
-            return "ragged"
-        if n <= K:
+        if n <= K and self.buffer_factor is None:
             return "all_gather"
         return "ragged" if path == "grouped" and self.is_native else "all_to_all"
-
-    @property
-    def is_native(self) -> bool:
-        """Whether the platform has a ragged all-to-all."""
-        return self.platform in NATIVE_PLATFORMS
 
 
 LOCAL: dict[str, Callable] = {"grouped": grouped, "capacity": capacity}
@@ -157,13 +152,31 @@ def _exchanged(
     exchange = how.resolved(name, jax.lax.axis_size(how.axes), choices.expert.shape[-1])
     if exchange == "none":
         return LOCAL[name](x, choices, params, expert_fn, **options)
+    if name == "grouped" and exchange != "all_gather":
+        options = options | {"buffer_factor": how.buffer_factor}
     if exchange == "ragged":
-        options = options | {"buffer_factor": how.buffer_factor, "is_native": how.is_native}
+        options = options | {"is_native": how.is_native}
     return ACROSS[name, exchange](x, choices, params, expert_fn, axes=how.axes, **options)
 
 
 def _platform(mesh: Mesh | None) -> str:
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+def _has_ragged(mesh: Mesh | None) -> bool:
+    if mesh is None:
+        return False
+    first = mesh.devices.flat[0]
+    return has_ragged_all_to_all(first.platform, first.device_kind, mesh.size)
+
+
+def has_ragged_all_to_all(platform: str, device_kind: str, count: int) -> bool:
+    """Whether XLA compiles a ragged all-to-all for `count` of these devices.
+
+    It does not for slices of v5e of more than 16 chips, whose network routes between neighbours only.
+    """
+    limited = device_kind == "TPU v5 lite" and count > 16
+    return platform in NATIVE_PLATFORMS and not limited
 
 
 def _check_options(name: str, how: Exchange, chunks: int) -> None:
@@ -177,11 +190,11 @@ def _check_options(name: str, how: Exchange, chunks: int) -> None:
             f"dispatch.exchange={how.name!r} is no exchange of dispatch.name={name!r}; use one of "
             f"{', '.join(able)}."
         )
-    if how.buffer_factor is not None and (name != "grouped" or how.name not in ("auto", "ragged")):
+    if how.buffer_factor is not None and (name != "grouped" or how.name == "all_gather"):
         raise ConfigError(
-            f"dispatch.buffer_factor={how.buffer_factor} bounds what a shard receives in a ragged "
-            f"exchange, which dispatch.name={name!r} with dispatch.exchange={how.name!r} is not. Use "
-            "dispatch.name=grouped with dispatch.exchange=ragged, or buffer_factor=none."
+            f"dispatch.buffer_factor={how.buffer_factor} bounds what a shard receives of rows that exist, and "
+            f"dispatch.name={name!r} with dispatch.exchange={how.name!r} does not send these. Use "
+            "dispatch.name=grouped with dispatch.exchange=ragged or all_to_all, or buffer_factor=none."
         )
     if chunks > 1 and name not in LOCAL:
         raise ConfigError(

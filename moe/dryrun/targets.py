@@ -95,6 +95,9 @@ def _shape_of(kind: str, count: int) -> str:
 
 def _tpu(kind: str, shape: str, slices: int) -> list[jax.Device]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    os.environ.setdefault(
+        "ALLOW_MULTIPLE_LIBTPU_LOAD", "1"
+    )  # and no chip for two processes to fight over
     more = {"num_slices": slices} if slices > 1 else {}
     try:
         found = topologies.get_topology_desc(
@@ -116,7 +119,7 @@ def _cpu(count: int) -> list[jax.Device]:
     if len(devices) < count:
         raise ConfigError(
             f"--topology=cpu-{count}: this process has {len(devices)} CPU devices. Set "
-            f"JAX_NUM_CPU_DEVICES={count} before it starts."
+            f"jax_num_cpu_devices={count} before JAX is first used."
         )
     return devices[:count]
 

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import math
 import re
 
 import jax
@@ -70,6 +71,7 @@ def oracle(kind):
 
 EVERY = [
     ("grouped", {"exchange": "all_to_all"}),
+    ("grouped", {"exchange": "all_to_all", "buffer_factor": 4.0}),
     ("grouped", {"exchange": "ragged"}),
     ("grouped", {"exchange": "ragged", "buffer_factor": 4.0}),
     ("grouped", {"exchange": "all_gather"}),
@@ -115,9 +117,35 @@ def expected_kept(choices, n, positions, R):
 
 
 @pytest.mark.parametrize("where", [FLAT_MESH, FOLDED_MESH], ids=["flat", "folded"])
+def test_bounded_parts_drop_the_last_experts_rows_of_every_pair(where):
+    x, choices, experts = make_case("hot")
+    dispatch = across("grouped", where, exchange="all_to_all", buffer_factor=1.25)
+    _, got = run(dispatch, x, choices, experts)
+    parts = (
+        [range(S)] if where == FOLDED_MESH else [range(3), range(3, 6)]
+    )  # of a row, exchanged apart
+    kept = np.zeros((B, S, K), bool)
+    for positions in parts:
+        P = math.ceil(1.25 * B * len(positions) * K / 4 / 4)
+        for rows in np.split(np.arange(B), 4):
+            sent: dict[int, list] = {j: [] for j in range(4)}
+            at = [(b, s, k) for b in rows for s in positions for k in range(K)]
+            for place in (place for place in at if np.asarray(choices.valid)[place]):
+                expert = int(np.asarray(choices.expert)[place])
+                sent[expert // (E // 4)].append((expert, *place))
+            for queue in sent.values():
+                for _, *place in sorted(queue)[:P]:
+                    kept[tuple(place)] = True
+    assert 0 < kept.sum() < np.asarray(choices.valid).sum()
+    np.testing.assert_array_equal(got["kept"], kept)
+    left = choices._replace(valid=choices.valid & kept)
+    assert_close(run(reference, x, left, experts)[1], got)
+
+
+@pytest.mark.parametrize("where", [FLAT_MESH, FOLDED_MESH], ids=["flat", "folded"])
 def test_a_bounded_buffer_drops_the_same_share_of_every_sender_and_says_so(where):
     x, choices, experts = make_case("hot")
-    dispatch = across("grouped", where, buffer_factor=1.25)
+    dispatch = across("grouped", where, exchange="ragged", buffer_factor=1.25)
     compiled, got = run(dispatch, x, choices, experts)
     if where == FOLDED_MESH:
         kept = expected_kept(choices, 4, range(S), 30)
@@ -204,14 +232,33 @@ def test_arrived_rows_are_sorted_by_expert():
 
 
 def test_auto_sends_the_fewest_rows_that_the_platform_can():
-    def auto(path, n, K, platform, buffer_factor=None):
-        return Exchange("auto", buffer_factor, platform, (EXPERT,)).resolved(path, n, K)
+    def auto(path, n, K, *, native, buffer_factor=None):
+        how = Exchange("auto", buffer_factor, "tpu", native, (EXPERT,))
+        return how.resolved(path, n, K)
 
-    assert auto("grouped", 1, 2, "tpu") == "none"
-    assert auto("grouped", 2, 2, "tpu") == auto("capacity", 8, 8, "cpu") == "all_gather"
-    assert auto("grouped", 4, 2, "tpu") == auto("grouped", 4, 2, "cuda") == "ragged"
-    assert auto("grouped", 4, 2, "cpu") == auto("capacity", 4, 2, "tpu") == "all_to_all"
-    assert auto("grouped", 2, 2, "cpu", 1.5) == "ragged"
+    assert auto("grouped", 1, 2, native=True) == "none"
+    assert auto("grouped", 2, 2, native=True) == "all_gather"
+    assert auto("capacity", 8, 8, native=False) == "all_gather"
+    assert auto("grouped", 4, 2, native=True) == "ragged"
+    assert (
+        auto("grouped", 4, 2, native=False) == auto("capacity", 4, 2, native=True) == "all_to_all"
+    )
+    assert auto("grouped", 2, 2, native=True, buffer_factor=1.5) == "ragged"
+    assert auto("grouped", 2, 2, native=False, buffer_factor=1.5) == "all_to_all"
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "count", "native"),
+    [
+        ("tpu", "TPU v5", 64, True),
+        ("tpu", "TPU v5 lite", 16, True),
+        ("tpu", "TPU v5 lite", 64, False),
+        ("gpu", "NVIDIA H100", 8, True),
+        ("cpu", "cpu", 8, False),
+    ],
+)
+def test_where_a_ragged_exchange_compiles(platform, kind, count, native):
+    assert table.has_ragged_all_to_all(platform, kind, count) is native
 
 
 @pytest.mark.parametrize(
@@ -301,7 +348,7 @@ def test_compiles_for_tpu(sizes, axes, monkeypatch):
         ("capacity", {"exchange": "ragged"}, "auto, all_to_all, all_gather"),
         ("einsum", {"exchange": "all_gather"}, "use one of auto"),
         ("grouped", {"exchange": "all2all"}, "auto, all_to_all, ragged, all_gather"),
-        ("grouped", {"exchange": "all_to_all", "buffer_factor": 1.0}, "exchange=ragged"),
+        ("grouped", {"exchange": "all_gather", "buffer_factor": 1.0}, "ragged or all_to_all"),
         ("capacity", {"buffer_factor": 1.0}, "name=grouped"),
         ("reference", {"chunks": 2}, "grouped, capacity"),
         ("grouped", {"backend": "cuda"}, "not a grouped matrix product"),
