@@ -17,7 +17,7 @@ from absl import flags
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe import cli, setup
+from moe import cli, programs, setup
 from moe.axes import MESH_AXES
 from moe.config import ConfigDict
 from moe.data import tokenizers
@@ -210,7 +210,7 @@ def measure(checkpoint: Checkpoint) -> dict[str, Any]:
     run = checkpoint.run
     record, _ = setup.evaluate_split(
         run,
-        setup.compile_eval_step(run, checkpoint.params, checkpoint.router),
+        programs.compile_eval_step(run, checkpoint.params, checkpoint.router),
         checkpoint.params,
         checkpoint.router,
         split=FLAGS.split,

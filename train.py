@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from absl import flags
 import jax
 
-from moe import cli, setup
+from moe import cli, programs, setup
 from moe.config import ConfigDict
 from moe.data import tokenizers
 from moe.data.batches import TrainBatches
@@ -119,12 +119,12 @@ def loop(run: Run, state: TrainState, start: int, batches: TrainBatches, out: Ou
     """Steps from `start` to the end of the run, or to an interruption."""
     config = run.config
     started = time.perf_counter()
-    train_step = setup.compile_train_step(run, state)
-    eval_step = setup.compile_eval_step(run, state.params, state.router)
-    prior_update = setup.compile_prior_update(run, state)
+    train_step = programs.compile_train_step(run, state)
+    eval_step = programs.compile_eval_step(run, state.params, state.router)
+    prior_update = programs.compile_prior_update(run, state)
     out.progress.message(f"compiled in {time.perf_counter() - started:.1f} s")
     size = model_size(run.spec, config.data.sequence_length)
-    put, key, hyper = setup.to_device(run.mesh), setup.root_key(config.seed, 1), setup.hyper(run)
+    put, key, hyper = setup.to_device(run.mesh), setup.root_key(config.seed, 1), programs.hyper(run)
     clock = throughput.Clock(size, throughput.peak_flops(), config.data.sequence_length)
 
     for step in range(start + 1, config.steps + 1):

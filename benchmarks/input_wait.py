@@ -13,7 +13,7 @@ import jax
 
 from benchmarks.model_run import fresh_state
 from benchmarks.rows import Row, times
-from moe import cli, setup
+from moe import cli, programs, setup
 from moe.training.checkpoint import Checkpointer
 from moe.training.interruption import Interruption
 from moe.training.progress import Progress
@@ -51,11 +51,11 @@ def rounds(
 ) -> tuple[list[float], list[dict]]:
     """Seconds of the bare step and the loop's records, by round; a first round is a warm-up."""
     state = fresh_state(run)
-    compiled = setup.compile_train_step(run, state)
-    evaluation = setup.compile_eval_step(run, state.params, state.router)
+    compiled = programs.compile_train_step(run, state)
+    evaluation = programs.compile_eval_step(run, state.params, state.router)
     batches = run.data.train_batches()
     batch = setup.to_device(run.mesh)(next(batches))
-    key, hyper = setup.root_key(0, 1), setup.hyper(run)
+    key, hyper = setup.root_key(0, 1), programs.hyper(run)
     bare, done = [], 0
     with (
         Checkpointer(folder / "checkpoints") as checkpointer,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe import setup
+from moe import programs, setup
 from moe.config import ConfigDict
 from moe.data.batches import TextData
 from moe.data.store import TokenStore
@@ -65,9 +65,9 @@ class Training:
     def __init__(self, run: setup.Run):
         """Compiles for `run`."""
         self.run, self.batch, self.state = run, random_batch(run), fresh_state(run)
-        self._rest = setup.root_key(run.config.seed, 1), setup.hyper(run)
+        self._rest = setup.root_key(run.config.seed, 1), programs.hyper(run)
         with jax.set_mesh(run.mesh):
-            self.compiled: Any = setup.compile_train_step(run, self.state)
+            self.compiled: Any = programs.compile_train_step(run, self.state)
 
     def __call__(self) -> float:
         """One step on the same batch, to its end; seconds."""

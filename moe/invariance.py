@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PyTree
 import numpy as np
 
-from moe import setup
+from moe import programs, setup
 from moe.cli import complete_config
 from moe.config import ConfigDict, default_config, replace_section
 from moe.data.types import Batch
@@ -182,7 +182,7 @@ def step_on(mesh: Mesh, config: ConfigDict, *, hot: bool = False) -> Outcome:
     with jax.set_mesh(mesh):
         state = jax.tree.map(_put, _numbers(run.spec, config.optimizer.b1, hot), run.shardings)
         batch = to_device(mesh)(jax.tree.map(lambda a: a[rows], make_batch()))
-        found = compute(state, batch, setup.root_key(0, 1), setup.hyper(run))
+        found = compute(state, batch, setup.root_key(0, 1), programs.hyper(run))
         return jax.tree.map(np.asarray, jax.device_get(found))
 
 
@@ -198,7 +198,7 @@ def _compute(run: setup.Run, state: TrainState, batch: Batch, key: Array, hyper:
         training=True,
     )
     _, report = forward_rows(run.skeleton, state.params, state.router, batch, call, run.token_bytes)
-    new, told = setup.jit_train_step(run)(state, batch, key, hyper)
+    new, told = programs.jit_train_step(run)(state, batch, key, hyper)
     # After one step Adam's first moment is the gradient times 1 - b1.
     scale = 1.0 - run.config.optimizer.b1
     gradient = jax.tree.map(lambda m: m.astype(jnp.float32) / scale, new.optimizer.mu)

@@ -1,7 +1,6 @@
 """What `train.py` and `eval.py` both build from a config, in the order in which mistakes are cheap."""
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 import hashlib
 import time
 from typing import Any, NamedTuple
@@ -9,49 +8,42 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, ArrayLike, Int, PyTree
+from jax.sharding import Mesh
+from jaxtyping import Array, ArrayLike, Int
 import numpy as np
 import optax
 
 from moe.axes import BATCH_AXES, SEQUENCE
 from moe.config import ConfigDict, require
 from moe.data.batches import TextData, make_data
-from moe.data.router_valid import ROUTER_VALID
 from moe.data.tokenizers import Tokenizer
 from moe.data.types import Batch
 from moe.dispatch.table import check as check_experts
 from moe.dispatch.types import Dispatch
 from moe.errors import DataError
-from moe.evaluation.causality import causality_record, has_causal_gap
+from moe.evaluation.causality import causality_record
 from moe.evaluation.cost import cost_record
-from moe.evaluation.evaluate import EvalStep, Evaluation, evaluate, make_eval_step
+from moe.evaluation.evaluate import EvalStep, Evaluation, evaluate
 from moe.evaluation.record import evaluation_record
 from moe.model.build import ModelSize, model_spec
 from moe.model.build_dispatch import build_dispatch
 from moe.model.spec import KINDS, ModelSpec
-from moe.parallel.feed import batch_shapes, batch_shardings, process_block, to_device
+from moe.parallel.feed import batch_shapes, process_block, to_device
 from moe.parallel.mesh import batch_shards, make_mesh
 from moe.parallel.rules import Rules, find_rules
-from moe.routing.loss_table import LOSSES, active_losses
-from moe.routing.router import parameters_of, pick_options
+from moe.routing.router import parameters_of
 from moe.routing.table import ROUTERS, check_causal
 from moe.training import optimizer as optimizer_lib
 from moe.training import throughput
 from moe.training.prior_update import (
-    PriorUpdate,
-    make_ablation_step,
     routers_with_prior,
-    update_prior,
 )
 from moe.training.state import Skeleton, TrainState, make_skeleton, state_shardings
-from moe.training.step import Hyper, Plan, TrainStep, train_step
 
 BALANCES = (
     *("balance", "sequence_balance", "importance", "load", "device_balance"),
     *("mutual_information", "simbal", "group_balance", "relu_balance"),
 )  # losses that spread choices over experts
-VOCABULARY_CELLS = 1 << 22  # layers x experts x token ids that an evaluation counts visits of
 
 
 class Run(NamedTuple):
@@ -239,126 +231,9 @@ def dispatch_for(run: Run, *, training: bool) -> Dispatch:
     return build_dispatch(run.config, run.mesh, training=training)
 
 
-def compile_train_step(run: Run, state: TrainState) -> TrainStep:
-    """The step, compiled for this state; it takes its arguments as `jit_train_step` does."""
-    key = root_key(run.config.seed, 1)
-    return jit_train_step(run).lower(state, abstract_batch(run), key, hyper(run)).compile()
-
-
-def compile_eval_step(run: Run, params: PyTree, router: PyTree) -> EvalStep:
-    """The evaluation step, compiled for these parameters."""
-    key = root_key(run.config.seed, 2)
-    return jit_eval_step(run).lower(params, router, abstract_batch(run), key).compile()
-
-
-def compile_prior_update(run: Run, state: TrainState) -> PriorUpdate | None:
-    """The update of the router's prior, compiled; None where the config asks for none."""
-    prior = run.config.prior
-    if not prior.every:
-        return None
-    step = make_ablation_step(
-        run.spec, run.skeleton, dispatch_for(run, training=False), run.token_bytes
-    )
-    everywhere = NamedSharding(run.mesh, PartitionSpec())
-    key = root_key(run.config.seed, 3)
-    ablate = jax.jit(
-        step,
-        in_shardings=(
-            run.shardings.params,
-            run.shardings.router,
-            batch_shardings(run.mesh),
-            everywhere,
-        ),
-        out_shardings=everywhere,
-    )
-    put, block = to_device(run.mesh), process_block(run.mesh, run.config.data.batch_size)
-    return PriorUpdate(
-        ablate=ablate.lower(state.params, state.router, abstract_batch(run), key).compile(),
-        apply=jax.jit(partial(update_prior, run.spec), out_shardings=run.shardings.router),
-        batch=lambda number: put(run.data.eval_batch(ROUTER_VALID, number, *block)),
-        key=key,
-        every=prior.every,
-        batches=prior.batches,
-        rate=prior.rate,
-        floor=prior.floor,
-    )
-
-
 def abstract_batch(run: Run) -> Batch:
     """Shapes, dtypes and shardings of the batch that the config describes."""
     return batch_shapes(run.mesh, run.config.data.batch_size, run.config.data.sequence_length)
-
-
-def jit_train_step(run: Run):
-    """The donated step with explicit shardings."""
-    o = run.config.optimizer
-    plan = Plan(
-        run.spec,
-        run.skeleton,
-        dispatch_for(run, training=True),
-        run.transformation,
-        optimizer_lib.schedule(
-            kind=o.schedule,
-            steps=run.config.steps,
-            warmup_steps=o.warmup_steps,
-            decay_fraction=o.decay_fraction,
-            final_fraction=o.final_fraction,
-        ),
-        optimizer_lib.decay_mask(run.skeleton.params),
-        run.token_bytes,
-        active_losses(run.config.losses.to_dict(), learned=run.spec.learns_routing),
-        o.accumulation,
-        run.config.router.jitter > 0,
-    )
-    everywhere = NamedSharding(run.mesh, PartitionSpec())
-    return jax.jit(
-        partial(train_step, plan),
-        donate_argnums=0,
-        in_shardings=(run.shardings, batch_shardings(run.mesh), everywhere, everywhere),
-        out_shardings=(run.shardings, everywhere),
-    )
-
-
-def jit_eval_step(run: Run):
-    """The evaluation step with explicit shardings."""
-    spec = run.spec
-    cells = spec.sparse_layers * spec.all_experts * spec.vocab_size
-    step = make_eval_step(
-        run.skeleton,
-        dispatch_for(run, training=False),
-        run.token_bytes,
-        len(run.data.domains),
-        passes=run.config.evaluation.passes,
-        vocabulary=not spec.classes and cells <= VOCABULARY_CELLS,
-        causal_gap=has_causal_gap(spec),
-    )
-    everywhere = NamedSharding(run.mesh, PartitionSpec())
-    return jax.jit(
-        step,
-        in_shardings=(
-            run.shardings.params,
-            run.shardings.router,
-            batch_shardings(run.mesh),
-            everywhere,
-        ),
-        out_shardings=everywhere,
-    )
-
-
-def hyper(run: Run) -> Hyper:
-    """The numbers that reach the step as traced scalars."""
-    c = run.config
-    update = ROUTERS[c.router.name].update_state
-    values = Hyper(
-        learning_rate=c.optimizer.learning_rate,
-        weight_decay=c.optimizer.weight_decay,
-        clip_norm=c.optimizer.clip_norm,
-        losses={name: c.losses[name] for name in LOSSES},
-        jitter=c.router.jitter,
-        dropout=c.model.dropout,
-        update_options=pick_options(update, c.router.to_dict()),
-    )
-    return jax.tree.map(lambda number: np.float32(number), values)
 
 
 def root_key(seed: int, purpose: int) -> Any:

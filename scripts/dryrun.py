@@ -11,6 +11,7 @@ Exit codes: 0 it fits, 1 it does not, 2 config.
 import json
 from pathlib import Path
 import re
+from typing import Any
 
 from absl import flags
 import jax
@@ -38,10 +39,8 @@ def main(argv: list[str]) -> int:
     config = cli.load_config(str(path), overrides)
     target = targets.find_target(FLAGS.topology)
     compiled = build.compile_step(build.plan(config, target))
-    found = record.make_record(target, compiled) | {
-        "config": str(path),
-        "overrides": dict(overrides),
-    }
+    found: dict[str, Any] = record.make_record(target, compiled)
+    found["config"], found["overrides"] = str(path), dict(overrides)
     print(show.show(found))
     if FLAGS.json:
         Path(FLAGS.json).write_text(json.dumps(found, indent=1) + "\n")

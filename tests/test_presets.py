@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import routers
-from moe import setup
+from moe import programs, setup
 from moe.cli import complete_config, load_config
 from moe.config import ConfigDict, default_config, replace_section
 from moe.data.types import Batch
@@ -42,8 +42,8 @@ def step_shapes(config: ConfigDict) -> tuple[Any, TrainState]:
     state = abstract_state(spec, transformation, shardings)
     batch: Batch = setup.abstract_batch(run)
     with jax.set_mesh(mesh):
-        step = setup.jit_train_step(run)
-        return jax.eval_shape(step, state, batch, jax.random.key(0), setup.hyper(run)), state
+        step = programs.jit_train_step(run)
+        return jax.eval_shape(step, state, batch, jax.random.key(0), programs.hyper(run)), state
 
 
 def test_every_router_has_a_preset_of_its_name():

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 from jax.errors import JaxRuntimeError
 
-from moe import setup
+from moe import programs, setup
 from moe.config import ConfigDict
 from moe.data.tokenizers import byte_tokenizer
 from moe.dryrun.targets import Target
@@ -61,8 +61,8 @@ def compile_step(run: setup.Run) -> Compiled:
     key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(run.mesh):
         state = abstract_state(run.spec, run.transformation, run.shardings)
-        step = setup.jit_train_step(run)
-        lowered = step.lower(state, setup.abstract_batch(run), key, setup.hyper(run))
+        step = programs.jit_train_step(run)
+        lowered = step.lower(state, setup.abstract_batch(run), key, programs.hyper(run))
         try:
             executable = lowered.compile()
         except JaxRuntimeError as error:
