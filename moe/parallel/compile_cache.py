@@ -59,11 +59,15 @@ def persistent(
     before = {name: jax.config.values[name] for name in settings}
     if note is not None:
         print(f"note: {note}", file=sys.stderr)  # noqa: T201
+    absent = _absent(settings[_DIRECTORY])
     _update(settings)
     try:
         yield
     finally:
         _update(before)
+        for path in absent:  # jax makes them before it has anything for them
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def _settings(
@@ -109,11 +113,22 @@ def machine() -> str:
     return f"cpu-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
 
 
+def _absent(folder: str | None) -> list[Path]:
+    """The folder and those above it that are not there yet, innermost first."""
+    if folder is None or "://" in folder:
+        return []
+    path = Path(folder).absolute()
+    return [one for one in (path, *path.parents) if not one.exists()]
+
+
 def _write_error(folder: Path) -> str | None:
-    """Why a file cannot be made there. Permission bits say nothing to root, or of a full disk."""
+    """Why nothing can be written there. Permission bits say nothing to root, or of a full disk.
+
+    The folder itself is made by jax when it compiles: a run that is refused leaves nothing.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=there) as file:
             file.write(b"probe")
     except OSError as error:
         return error.strerror

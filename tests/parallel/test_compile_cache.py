@@ -109,6 +109,10 @@ def test_other_processes_read_and_make_nothing(tmp_path, no_cache):
     assert settings(absent, primary=False)[0] is None
     assert not absent.exists()
     there, _ = settings(tmp_path)
+    with compile_cache.persistent(tmp_path):
+        jax.jit(lambda x: x * 3.5)(1.0)  # jax makes the folder, and has nothing for it
+    assert list(tmp_path.iterdir()) == []
+    Path(there).mkdir(parents=True)
     assert settings(tmp_path, primary=False)[0] == there
 
 
@@ -122,6 +126,7 @@ def test_a_folder_that_cannot_be_written_is_a_note(tmp_path, no_cache, capsys, m
     def full(**_):
         raise OSError(28, os.strerror(28))
 
+    Path(settings(tmp_path)[0]).mkdir(parents=True)
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
     folder, threshold = settings(tmp_path)
     assert folder is not None
@@ -131,6 +136,7 @@ def test_a_folder_that_cannot_be_written_is_a_note(tmp_path, no_cache, capsys, m
 
 def test_entries_cut_short_are_dropped(tmp_path, no_cache):
     folder, _ = settings(tmp_path)
+    Path(folder).mkdir(parents=True)
     whole = zlib.compress(bytes(range(256)) * 40)
     (Path(folder) / "whole-cache").write_bytes(whole)
     (Path(folder) / "torn-cache").write_bytes(whole[:-9])
