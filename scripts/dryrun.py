@@ -5,6 +5,7 @@
 
 The compiler is the target's own: extra `.[tpu]` for TPUs, `.[gpu]` for GPUs; nothing runs. Any
 `--config.key=value` changes the config. `--compare=other.json` adds the difference to an earlier run.
+`--table=a.json,b.json` compiles nothing and prints earlier runs as a Markdown table.
 Exit codes: 0 it fits, 1 it does not, 2 config.
 """
 
@@ -17,7 +18,7 @@ from absl import flags
 import jax
 
 from moe import cli
-from moe.dryrun import build, record, show, targets
+from moe.dryrun import build, record, show, table, targets
 from moe.errors import ConfigError
 
 FLAGS = flags.FlagValues()  # of this program: another one may import it
@@ -26,6 +27,9 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string("json", None, "Writes the record to this file.", flag_values=FLAGS)
 flags.DEFINE_string("compare", None, "Record of an earlier dry run.", flag_values=FLAGS)
+flags.DEFINE_list(
+    "table", None, "Records of earlier dry runs, for a Markdown table.", flag_values=FLAGS
+)
 flags.DEFINE_string("hlo", None, "Writes the compiled module to this file.", flag_values=FLAGS)
 
 
@@ -33,8 +37,11 @@ def main(argv: list[str]) -> int:
     """Reads the command line, compiles, prints, writes."""
     rest, path, overrides = cli.split_overrides(argv)
     cli.parse_flags(rest, FLAGS)
+    if FLAGS.table is not None:
+        print(table.table([_read("table", each) for each in FLAGS.table]))
+        return 0
     cli.require_flags(config=path, topology=FLAGS.topology)
-    old = _read(FLAGS.compare)
+    old = None if FLAGS.compare is None else _read("compare", FLAGS.compare)
     _only_cpu(FLAGS.topology)
     config = cli.load_config(str(path), overrides)
     target = targets.find_target(FLAGS.topology)
@@ -54,21 +61,19 @@ def main(argv: list[str]) -> int:
 def _only_cpu(topology: str) -> None:
     """This process computes on the CPU, with as many devices as a CPU target asks for."""
     jax.config.update("jax_platforms", "cpu")
-    count = re.fullmatch(r"cpu-(\d+)", topology)
+    count = re.fullmatch(r"cpu-([1-9]\d*)", topology.strip().lower())
     if count:
         jax.config.update("jax_num_cpu_devices", int(count.group(1)))
 
 
-def _read(path: str | None) -> dict | None:
-    if path is None:
-        return None
+def _read(flag: str, path: str) -> dict:
     try:
-        record = json.loads(Path(path).read_text())
+        found = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--compare={path} is no record of a dry run: {error}.") from error
-    if not isinstance(record, dict) or "target" not in record:
-        raise ConfigError(f"--compare={path} is no record of a dry run: it has no entry 'target'.")
-    return record
+        raise ConfigError(f"--{flag}={path} is no record of a dry run: {error}.") from error
+    if not isinstance(found, dict) or "target" not in found:
+        raise ConfigError(f"--{flag}={path} is no record of a dry run: it has no entry 'target'.")
+    return found
 
 
 if __name__ == "__main__":

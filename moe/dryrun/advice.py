@@ -3,6 +3,7 @@
 from typing import Any
 
 from moe import setup
+from moe.dryrun.units import memory_size
 
 WASTE = 1.03  # compiled FLOPs over the least, beyond which it is said
 EXTRA = 1.1  # exchanged bytes over the least
@@ -11,8 +12,7 @@ EXTRA = 1.1  # exchanged bytes over the least
 def advice(run: setup.Run, record: dict[str, Any]) -> list[str]:
     """What a reader should do next, the weightiest first; empty where nothing stands out."""
     found = [] if record["memory"]["fits"] else misfit(run, record)
-    found += wasted(record)
-    return found
+    return found + wasted(record) + uncounted(record)
 
 
 def misfit(run: setup.Run, record: dict[str, Any]) -> list[str]:
@@ -20,13 +20,14 @@ def misfit(run: setup.Run, record: dict[str, Any]) -> list[str]:
     memory = record["memory"]
     state, limit = sum(memory["state"].values()), memory["limit"]
     total = memory.get("total")
-    size = "more than a device has" if total is None else f"{gib(total)} of {gib(limit)}"
-    said = [
-        f"It does not fit: {size}, of which parameters, moments and router state take {gib(state)}."
-    ]
-    if state > 0.6 * limit:
+    taken = f"parameters, moments and router state take {memory_size(state)}"
+    if total is None or limit is None:
+        said = [f"The compiler refuses it (its words are in memory.compiler); {taken}."]
+    else:
+        said = [f"It does not fit: {memory_size(total)} of {memory_size(limit)}, of which {taken}."]
+    if limit is not None and state > 0.6 * limit:
         said.append(state_fix(run))
-    if state < 0.9 * limit:
+    if limit is None or state < 0.9 * limit:
         said += activation_fixes(run)
     return said
 
@@ -58,7 +59,7 @@ def activation_fixes(run: setup.Run) -> list[str]:
             f"Each device holds {per_device:.0f} rows at once: raise optimizer.accumulation (now "
             f"{config.optimizer.accumulation}), or lower data.batch_size."
         )
-    if config.attention.get("query_block", 0) is None:
+    if config.attention.get("query_block", 0) is None and config.data.sequence_length > 512:
         said.append(
             f"Attention keeps {run.spec.heads} x {config.data.sequence_length}^2 scores a row: set "
             "attention.query_block=512."
@@ -88,8 +89,8 @@ def wasted(record: dict[str, Any]) -> list[str]:
         )
     if sent and sent["largest_weight_gather"] >= 1:
         said.append(
-            "Some all-gather brings all experts of a layer to one device: spread E over more axes "
-            "(mesh.rules=folded) instead of cutting D of the experts."
+            "Some all-gather brings as much to one device as all experts of a layer have: spread E over more "
+            "axes (mesh.rules=folded) instead of cutting D of the experts."
         )
     if waste and waste["drops"] > 0.01:
         said.append(
@@ -98,6 +99,12 @@ def wasted(record: dict[str, Any]) -> list[str]:
     return said
 
 
-def gib(size: float) -> str:
-    """Bytes in GiB."""
-    return f"{size / 2**30:.2f} GiB"
+def uncounted(record: dict[str, Any]) -> list[str]:
+    """What the analysis of a text cannot know."""
+    loops = record.get("unknown_loops")
+    if not loops:
+        return []
+    return [
+        f"{len(loops)} loops run as often as the data say and count once here ({', '.join(loops[:3])}): FLOPs, "
+        "bytes and seconds are lower bounds. With dispatch.backend=ragged_dot the grouped product has none."
+    ]

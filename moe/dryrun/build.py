@@ -77,8 +77,11 @@ def compile_step(run: setup.Run) -> Compiled:
 
 
 def used_and_limit(failure: str) -> tuple[float, float] | None:
-    """Bytes that the step wanted and that a device has, from the compiler's message."""
-    match = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", failure)
+    """Bytes of main memory that the step wanted and that a device has, from the compiler's message.
+
+    None where it names no sizes, or those of a small memory inside the chip.
+    """
+    match = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", failure)
     if match is None:
         return None
     units = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}

@@ -132,8 +132,9 @@ def exchange_traffic(run: setup.Run, tokens: int) -> Traffic:
 def parameter_traffic(run: setup.Run) -> list[Traffic]:
     """Parameters gathered before use (forwards and backwards) and gradients summed after it.
 
-    In the compute dtype. A parameter that lies whole on every device is not gathered; its gradient is
-    summed over all axes that cut the batch and not the parameter.
+    In the compute dtype, and once however many parts the batch is accumulated in. A parameter that lies
+    whole on every device is not gathered; its gradient is summed over all axes that cut the batch and not
+    the parameter.
     """
     spec, mesh = run.spec, run.mesh
     batch = [a for a in ("data", "fsdp", "expert", "sequence") if mesh.shape[a] > 1]
@@ -162,7 +163,9 @@ def _parameters(run: setup.Run) -> list[tuple[int, NamedSharding, bool]]:
     found = []
     for path, variable in nnx.to_flat_state(run.skeleton.params):
         sharding = where[tuple(path)]
-        found.append((math.prod(variable.get_value().shape), sharding, "experts" in path))
+        letters = variable.get_metadata().get("axes", ())
+        stacked = len(letters) > 1 and letters[0] == "E"  # as in `moe.parallel.rules`
+        found.append((math.prod(variable.get_value().shape), sharding, stacked))
     return found
 
 

@@ -1,20 +1,19 @@
 """The record of a dry run: one JSON-ready dict, the same keys for every target."""
 
 from collections import defaultdict
-import math
 from typing import Any
 
 from moe import setup
-from moe.dryrun import buffers, collectives, flops, hlo, ideal, roofline, traffic
+from moe.dryrun import buffers, collectives, counts, flops, hlo, ideal, roofline, traffic
 from moe.dryrun.advice import advice
 from moe.dryrun.build import Compiled, used_and_limit
+from moe.dryrun.network import network
 from moe.dryrun.targets import Target
-from moe.dryrun.waste import expected_waste
+from moe.dryrun.waste import expected_waste, local_tokens, tile_padding
 from moe.model.build import model_size
 from moe.training.state import abstract_state
 from moe.training.workdir import package_versions
 
-EXCHANGES = ("all-to-all", "ragged-all-to-all")
 XLA_PRODUCTS = ("dot", "ragged-dot", "convolution", "cublas")
 TOP = 12
 
@@ -48,7 +47,11 @@ def make_record(target: Target, compiled: Compiled) -> dict[str, Any]:
 
 
 def memory(target: Target, compiled: Compiled, state: dict[str, int]) -> dict[str, Any]:
-    """What fills the memory of a device, and whether it fits."""
+    """What fills the memory of a device, and whether it fits.
+
+    It fits if the compiler did not refuse it and the total is within the published size. XLA:TPU keeps
+    some of that for itself and refuses what needs it; XLA:CUDA refuses nothing.
+    """
     limit = target.figures.memory if target.figures else None
     parts: dict[str, Any] = {"limit": limit, "state": state}
     if compiled.memory is None:
@@ -72,6 +75,7 @@ def measured(
         "flops": work,
         "memory_traffic": moved,
         "collectives": network(run, found, tokens),
+        "unknown_loops": unknown_loops(module),
         **at_peak(module),
     }
     if target.figures is not None:
@@ -92,7 +96,8 @@ def products(run: setup.Run, module: hlo.Module, tokens: int) -> dict[str, Any]:
     """FLOPs of the compiled step against the least, and where they are spent.
 
     A grouped kernel has a fixed number of rows and works on those that its sizes name: it counts with
-    the rows of even load.
+    the rows of even load (`kernel_share` of its buffer), without `tile_padding`, the rows that it
+    multiplies beyond them where groups meet in a tile, over the rows of even load.
     """
     S = run.config.data.sequence_length
     parts = ideal.ideal_parts(run.spec, tokens, S)
@@ -100,7 +105,9 @@ def products(run: setup.Run, module: hlo.Module, tokens: int) -> dict[str, Any]:
     least = sum(part.total for part in parts) / n
     again = sum(part.recompute for part in parts) / n
     found = flops.products(module)
-    share = kernel_share(run, found, tokens)
+    rows = kernel_rows(found)
+    even = local_tokens(run, tokens) * run.spec.router.k
+    share = min(even / rows, 1.0) if rows else 1.0
     spent: dict[str, float] = defaultdict(float)
     phases: dict[str, float] = defaultdict(float)
     for each in found:
@@ -115,6 +122,7 @@ def products(run: setup.Run, module: hlo.Module, tokens: int) -> dict[str, Any]:
         "recompute_ideal": again,
         "causal_saving": ideal.causal_saving(run.spec, tokens, S) / n,
         "kernel_share": share,
+        "tile_padding": tile_padding(run, rows, even) if rows else 0.0,
         "phases": dict(phases),
         "parts_ideal": {part.name: part.total / n for part in parts},
         "places": dict(sorted(spent.items(), key=lambda kv: -kv[1])[:TOP]),
@@ -126,71 +134,30 @@ def is_kernel(product: flops.Product) -> bool:
     return product.kind not in XLA_PRODUCTS
 
 
-def kernel_share(run: setup.Run, found: list[flops.Product], tokens: int) -> float:
-    """Rows at even load over the rows that the kernels' buffers have room for."""
-    ideal_rows = tokens * run.spec.router.k / (run.mesh.size / run.mesh.shape["tensor"])
-    chunks = run.config.dispatch.chunks
-    rows = [
-        each.shapes[-1].dims[0]
-        for each in found
-        if is_kernel(each) and len(each.shapes[-1].dims) == 2
-    ]
-    return min(ideal_rows / chunks / max(rows), 1.0) if rows else 1.0
-
-
-def network(run: setup.Run, found: list[collectives.Collective], tokens: int) -> dict[str, Any]:
-    """Bytes sent by a device, by kind, axes and line; and the least for each purpose beside it."""
-    groups: dict[tuple, dict[str, Any]] = {}
-    for each in found:
-        key = (each.kind, each.axes, each.phase, str(each.source or ""))
-        row = groups.setdefault(
-            key,
-            {
-                "kind": each.kind,
-                "axes": list(each.axes),
-                "phase": each.phase,
-                "source": key[3],
-                "count": 0,
-                "bytes": 0,
-            },
-        )
-        row["count"] += each.count
-        row["bytes"] += each.count * each.wire_bytes
-    rows = sorted(groups.values(), key=lambda row: -row["bytes"])
-    sums = {"exchange": 0, "gather": 0, "reduce": 0, "other": 0}
-    for row in rows:
-        sums[purpose(row["kind"])] += row["bytes"]
-    least = {t.purpose: t._asdict() for t in ideal.ideal_traffic(run, tokens)}
-    exchange = least["exchange"]["bytes"]
-    return {
-        "rows": rows,
-        "sums": sums,
-        "least": least,
-        "exchange_ratio": sums["exchange"] / exchange if exchange else None,
-        "largest_weight_gather": weight_gather(run, found),
-    }
-
-
-def purpose(kind: str) -> str:
-    """What a kind of collective is for in these programs."""
-    if kind in EXCHANGES:
-        return "exchange"
-    return {"all-gather": "gather", "all-reduce": "reduce", "reduce-scatter": "reduce"}.get(
-        kind, "other"
+def kernel_rows(found: list[flops.Product]) -> int:
+    """Rows that the buffers of the grouped kernels have room for; 0 without such kernels."""
+    return max(
+        (
+            shape.dims[0]
+            for each in found
+            if is_kernel(each)
+            for shape in each.shapes[-1:]
+            if len(shape.dims) == 2
+        ),
+        default=0,
     )
 
 
-def weight_gather(run: setup.Run, found: list[collectives.Collective]) -> float:
-    """Numbers of the largest all-gather over numbers of one layer's experts, all of them.
-
-    1 or more: some collective brings every expert of a layer to one device.
-    """
-    spec = run.spec
-    if not spec.sparse_layers:
-        return 0.0
-    wo = spec.num_experts * spec.expert_width * spec.width
-    sizes = [math.prod(s.dims) for each in found if each.kind == "all-gather" for s in each.shapes]
-    return max(sizes, default=0) / wo
+def unknown_loops(module: hlo.Module) -> list[str]:
+    """Loops whose trips depend on data, by their line or name; everything in them counts once."""
+    names = set(counts.count(module).unknown)
+    found = {
+        str(module.source(module.described(computation, each)) or each.name)
+        for computation in module.computations.values()
+        for each in computation
+        if each.opcode == "while" and each.name in names
+    }
+    return sorted(found)
 
 
 def at_peak(module: hlo.Module) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moe.dryrun.advice import gib
+from moe.dryrun.units import duration, memory_size, sent_size
 
 ROWS = 8
 
@@ -18,7 +18,7 @@ def _lines(r: Mapping[str, Any]) -> Iterator[str]:
     model = r["model"]
     yield (
         f"{r['target']}: {r['devices']} devices, {mesh}, rules {r['rules']}; "
-        f"{model['parameters_total'] / 1e9:.2f}B parameters, {model['parameters_active'] / 1e9:.2f}B active; "
+        f"{count(model['parameters_total'])} parameters, {count(model['parameters_active'])} active; "
         f"{r['tokens']:,} tokens a step; compiled in {r['seconds_to_compile']:.0f} s. A device and a step:"
     )
     yield from _memory(r["memory"], r.get("peak"))
@@ -37,20 +37,27 @@ def _lines(r: Mapping[str, Any]) -> Iterator[str]:
         yield f"advice     {sentence}"
 
 
+def count(number: float) -> str:
+    """A number of parameters: `46.70B`, `6.2M`."""
+    if number >= 1e9:
+        return f"{number / 1e9:.2f}B"
+    return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number:,.0f}"
+
+
 def _memory(m: Mapping[str, Any], peak: Mapping[str, Any] | None) -> Iterator[str]:
-    limit = "unknown" if m["limit"] is None else gib(m["limit"])
-    total = gib(m["total"]) if "total" in m else "more"
+    limit = "unknown" if m["limit"] is None else memory_size(m["limit"])
+    total = memory_size(m["total"]) if "total" in m else "refused by the compiler, size unstated,"
     yield f"memory     {'fits' if m['fits'] else 'DOES NOT FIT'}: {total} of {limit}"
     state = m["state"]
-    parts = [f"{name} {gib(state[name])}" for name in ("params", "optimizer", "router")]
+    parts = [f"{name} {memory_size(state[name])}" for name in ("params", "optimizer", "router")]
     if "temp" in m:
-        parts.append(f"temporaries {gib(m['temp'])}")
+        parts.append(f"temporaries {memory_size(m['temp'])}")
     if peak:
-        held = ", ".join(f"{name} {gib(size)}" for name, size in peak["by"].items())
-        parts.append(f"at the peak (estimated {gib(peak['bytes'])}): {held}")
+        held = ", ".join(f"{name} {memory_size(size)}" for name, size in peak["by"].items())
+        parts.append(f"at the peak (estimated {memory_size(peak['bytes'])}): {held}")
     yield "           " + "; ".join(parts)
-    if "compiler" in m:
-        yield "           " + m["compiler"].splitlines()[0][:300]
+    if m.get("compiler"):
+        yield "           " + m["compiler"].strip().splitlines()[0][:300]
 
 
 def _flops(f: Mapping[str, Any]) -> Iterator[str]:
@@ -59,6 +66,11 @@ def _flops(f: Mapping[str, Any]) -> Iterator[str]:
         f"{f['recompute_ideal']:.2e} of it): ratio {f['ratio']:.3f}; skipping masked pairs of attention would "
         f"save {f['causal_saving']:.2e}"
     )
+    if f["tile_padding"]:
+        yield (
+            f"           kernels counted at even load, {f['kernel_share']:.0%} of their buffers; tiles add "
+            f"{f['tile_padding']:.1%} of these rows"
+        )
     for place, cost in list(f["places"].items())[:ROWS]:
         yield f"           {cost / f['compiled']:>6.1%}  {place}"
 
@@ -67,18 +79,14 @@ def _network(n: Mapping[str, Any]) -> Iterator[str]:
     yield "network    bytes sent          axes             phase      times"
     for row in n["rows"][:ROWS]:
         yield (
-            f"           {row['bytes'] / 1e9:>8.3f} GB {row['kind']:<20} {'x'.join(row['axes']) or '-':<16} "
+            f"           {sent_size(row['bytes']):>10} {row['kind']:<20} {'x'.join(row['axes']) or '-':<16} "
             f"{row['phase']:<10} {row['count']:>5}  {row['source']}"
         )
-    for purpose, least in n["least"].items():
-        sent = n["sums"][
-            {"exchange": "exchange", "parameters": "gather", "gradients": "reduce"}[purpose]
-        ]
-        ratio = f"{sent / least['bytes']:.2f} x" if least["bytes"] else "    "
-        yield (
-            f"           {purpose:<10} {sent / 1e9:>8.3f} GB sent, {least['bytes'] / 1e9:>8.3f} GB least "
-            f"{ratio}"
-        )
+    for purpose, sent in n["sums"].items():
+        least = n["least"].get(purpose)
+        against = f", {sent_size(least)} least: {sent / least:.2f} x" if least else ""
+        if sent or least:
+            yield f"           {purpose}: {sent_size(sent)} sent{against}"
 
 
 def _roofline(r: Mapping[str, Any]) -> Iterator[str]:
@@ -86,11 +94,12 @@ def _roofline(r: Mapping[str, Any]) -> Iterator[str]:
     if line is None:
         return
     parts = ", ".join(
-        f"{n} {line[n]:.3f}" for n in ("compute", "memory", "network", "slow_network")
+        f"{n.replace('_', ' ')} {duration(line[n])}"
+        for n in ("compute", "memory", "network", "slow_network")
     )
     yield (
-        f"roofline   {line['step']:.3f} s if all overlaps, {line['in_turn']:.3f} s if nothing does ({parts}); "
-        f"bound by {line['bound']}; at best {line['tokens_per_second']:,.0f} tokens/s, "
+        f"roofline   {duration(line['step'])} if all overlaps, {duration(line['in_turn'])} if nothing does "
+        f"({parts}); bound by {line['bound']}; at best {line['tokens_per_second']:,.0f} tokens/s, "
         f"{line['utilisation']:.0%} of the peak useful ({line['source']})"
     )
 
@@ -99,7 +108,7 @@ def _buffers(buffers: list[Mapping[str, Any]]) -> Iterator[str]:
     yield "largest at the peak"
     for each in buffers[:ROWS]:
         yield (
-            f"           {each['bytes'] / 2**20:>9.1f} MiB {each['shape']:<28} {each['phase']:<10} "
+            f"           {memory_size(each['bytes']):>10} {each['shape']:<28} {each['phase']:<10} "
             f"{each['source'] or each['op'][-60:]}"
         )
 

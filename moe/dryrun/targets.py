@@ -62,6 +62,10 @@ def find_target(text: str) -> Target:
     if match is None:
         raise ConfigError(f"--topology={text!r} is not KIND:AxB or KIND-COUNT, such as {EXAMPLES}.")
     slices, kind, count, shape = match.groups()
+    if "0" in (slices, count):
+        raise ConfigError(
+            f"--topology={text!r} names no device at all: write 1 or more, as {EXAMPLES}."
+        )
     if kind in TPU_SHAPES:
         shape = shape or _shape_of(kind, int(count))
         return Target(

@@ -8,21 +8,14 @@ memory are known only where the layout says so.
 from moe.dryrun.buffers import HBM, scheduled
 from moe.dryrun.counts import count
 from moe.dryrun.hlo import Computation, Instruction, Module
-from moe.dryrun.shapes import Shape
+from moe.dryrun.shapes import Shape, leaves
 
 # Views, and instructions whose callees are counted themselves.
 FREE = frozenset(
     {
         *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),
         *("while", "conditional", "call", "partition-id", "replica-id", "opt-barrier"),
-        *(
-            "copy-done",
-            "all-gather-done",
-            "all-reduce-done",
-            "collective-permute-done",
-            "async-done",
-        ),
-        *("async-update", "send-done", "recv-done"),
+        "async-update",
     }
 )
 SLICES = ("dynamic-slice", "gather", "slice")
@@ -39,14 +32,15 @@ def memory_traffic(module: Module) -> int:
 
 
 def _bytes(module: Module, computation: Computation, each: Instruction) -> int:
-    if each.opcode in FREE:
+    if each.opcode in FREE or each.opcode.endswith("-done"):
         return 0
     reads = [_size(shape) for shape in computation.operand_shapes(each)]
-    writes = sum(_size(shape) for shape in each.shapes)
-    if each.opcode in SLICES:
-        return 2 * writes
+    writes = sum(_size(shape) for shape in _outputs(each))
+    if each.opcode.removesuffix("-start") in SLICES:
+        return writes + min(reads[0], sum(shape.bytes for shape in _outputs(each)))
     if each.opcode == "dynamic-update-slice":
-        return 2 * reads[1]
+        update = computation.operand_shapes(each)[1].bytes
+        return reads[1] + min(writes, update)
     if each.opcode != "fusion" or len(each.called) != 1:
         return sum(reads) + writes
     inside = module.computations[each.called[0]]
@@ -59,6 +53,15 @@ def _bytes(module: Module, computation: Computation, each: Instruction) -> int:
     return sum(reads) + min(writes, _written(inside))
 
 
+def _outputs(each: Instruction) -> tuple[Shape, ...]:
+    """The arrays it writes; a `-start` also returns what it reads, and flags."""
+    if not each.opcode.endswith("-start") or isinstance(each.shape, Shape):
+        return each.shapes
+    if each.opcode == "all-reduce-start":
+        return each.shapes
+    return leaves(each.shape[0 if each.opcode == "copy-start" else 1])
+
+
 def _read(inside: Computation, parameter: Instruction) -> int:
     """What a fusion reads of a parameter: all of it, or its slices where nothing else looks at it."""
     total = 0
@@ -67,6 +70,8 @@ def _read(inside: Computation, parameter: Instruction) -> int:
             continue
         if user.opcode in SLICES and user.operands[0] == parameter.name:
             total += sum(_size(shape) for shape in user.shapes)
+        elif user.opcode == "bitcast" and not user.is_root:
+            total += _read(inside, user)
         elif user.opcode != "dynamic-update-slice" or user.operands[0] != parameter.name:
             return sum(_size(shape) for shape in parameter.shapes)
     return total
