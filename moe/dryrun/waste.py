@@ -95,7 +95,7 @@ def overflow(what: str, T: int, K: int, E: int, parts: int, places: int) -> Wast
     return Waste(what, over / mean, 1 - (mean - over) / places)
 
 
-def tile_padding(run: setup.Run, rows: int, even: float) -> float:
+def tile_padding(run: setup.Run, rows: int, even: int) -> float:
     """Rows that a grouped kernel multiplies beyond its own, over its own, at random group sizes.
 
     On TPU a step of rows is multiplied once for every group that has one there: a group that begins
