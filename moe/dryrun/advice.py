@@ -4,6 +4,7 @@ from typing import Any
 
 from moe import setup
 from moe.dryrun.units import memory_size
+from moe.dryrun.waste import resolved_exchange
 
 WASTE = 1.03  # compiled FLOPs over the least, beyond which it is said
 EXTRA = 1.1  # exchanged bytes over the least
@@ -12,7 +13,7 @@ EXTRA = 1.1  # exchanged bytes over the least
 def advice(run: setup.Run, record: dict[str, Any]) -> list[str]:
     """What a reader should do next, the weightiest first; empty where nothing stands out."""
     found = [] if record["memory"]["fits"] else misfit(run, record)
-    return found + wasted(record) + uncounted(record)
+    return found + wasted(run, record) + uncounted(record)
 
 
 def misfit(run: setup.Run, record: dict[str, Any]) -> list[str]:
@@ -72,7 +73,7 @@ def activation_fixes(run: setup.Run) -> list[str]:
     return said or ["Use more devices, or a mesh.sequence or mesh.tensor above 1."]
 
 
-def wasted(record: dict[str, Any]) -> list[str]:
+def wasted(run: setup.Run, record: dict[str, Any]) -> list[str]:
     """FLOPs, bytes and rows beyond the least."""
     said = []
     work, sent, waste = record.get("flops"), record.get("collectives"), record.get("waste")
@@ -84,8 +85,7 @@ def wasted(record: dict[str, Any]) -> list[str]:
         )
     if sent and (sent["exchange_ratio"] or 0) > EXTRA:
         said.append(
-            f"The exchange sends {sent['exchange_ratio']:.2f} times the least: empty slots travel too. Use "
-            "dispatch.name=grouped with dispatch.exchange=ragged, or a smaller dispatch.capacity_factor."
+            f"The exchange sends {sent['exchange_ratio']:.2f} times the least: {exchange_fix(run)}"
         )
     if sent and sent["largest_weight_gather"] >= 1:
         said.append(
@@ -99,12 +99,30 @@ def wasted(record: dict[str, Any]) -> list[str]:
     return said
 
 
+def exchange_fix(run: setup.Run) -> str:
+    """How to send fewer empty rows."""
+    d, how = run.config.dispatch, resolved_exchange(run)
+    if how == "all_gather":
+        return "each device receives every token. Use dispatch.exchange=ragged or all_to_all."
+    if d.name != "grouped":
+        return (
+            "empty slots travel too. Use dispatch.name=grouped with dispatch.exchange=ragged, or a smaller "
+            "dispatch.capacity_factor."
+        )
+    if how == "all_to_all" and d.buffer_factor is None:
+        return (
+            "each part has room for all rows of its sender. Set dispatch.buffer_factor=1.25, which drops (and "
+            "counts) what goes beyond, or dispatch.exchange=ragged where the devices have it."
+        )
+    return "dispatch.buffer_factor gives it room for more rows than there are; lower it if few are dropped."
+
+
 def uncounted(record: dict[str, Any]) -> list[str]:
     """What the analysis of a text cannot know."""
     loops = record.get("unknown_loops")
     if not loops:
         return []
     return [
-        f"{len(loops)} loops run as often as the data say and count once here ({', '.join(loops[:3])}): FLOPs, "
-        "bytes and seconds are lower bounds. With dispatch.backend=ragged_dot the grouped product has none."
+        f"Loops whose length depends on data count as one turn here ({', '.join(loops[:3])}): FLOPs, bytes and "
+        "seconds do not hold. The grouped product has none on TPU and GPU, nor dispatch.backend=ragged_dot."
     ]

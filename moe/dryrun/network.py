@@ -89,21 +89,21 @@ def purpose(each: Collective, expert_axes: tuple[str, ...]) -> str:
 def weight_gather(run: setup.Run, found: Iterable[Collective]) -> float:
     """Numbers that the largest gather of parameters brings, over those of `wi` of one layer's experts.
 
-    1 or more: some all-gather brings as much to one device as every expert of a layer has. Embedding and
-    logits, which may be larger than that, are left out.
+    1 or more: some all-gather brings as much to one device as every expert of a layer has. Only arrays
+    with an axis of the experts' hidden width count: an embedding may be larger than that.
     """
     spec = run.spec
     if not spec.sparse_layers:
         return 0.0
     parts = ACTIVATIONS[spec.activation][0]
     wi = spec.num_experts * spec.width * parts * spec.expert_width
-    vocabulary = spec.vocab_size // run.mesh.shape[TENSOR]
+    F = spec.expert_width // run.mesh.shape[TENSOR]
     sizes = [
         math.prod(shape.dims) * each.group_size
         for each in found
         if each.kind == "all-gather"
         and purpose(each, run.rules.expert_axes) == "parameters and gradients"
         for shape in each.shapes
-        if vocabulary not in shape.dims
+        if {F, parts * F} & set(shape.dims)
     ]
     return max(sizes, default=0) / wi

@@ -79,7 +79,7 @@ def measured(
         **at_peak(module),
     }
     if target.figures is not None:
-        line = roofline.roofline(target.figures, run.mesh, work["compiled"], moved, found)
+        line = roofline.roofline(target.figures, run.mesh, work["compiled"], float(moved), found)
         useful = work["ideal"] - work["recompute_ideal"]
         out["roofline"] = line._asdict() | {
             "step": line.seconds,

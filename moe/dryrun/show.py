@@ -37,7 +37,7 @@ def _lines(r: Mapping[str, Any]) -> Iterator[str]:
         yield f"advice     {sentence}"
 
 
-def count(number: float) -> str:
+def count(number: int | float) -> str:
     """A number of parameters: `46.70B`, `6.2M`."""
     if number >= 1e9:
         return f"{number / 1e9:.2f}B"
@@ -56,8 +56,8 @@ def _memory(m: Mapping[str, Any], peak: Mapping[str, Any] | None) -> Iterator[st
         held = ", ".join(f"{name} {memory_size(size)}" for name, size in peak["by"].items())
         parts.append(f"at the peak (estimated {memory_size(peak['bytes'])}): {held}")
     yield "           " + "; ".join(parts)
-    if m.get("compiler"):
-        yield "           " + m["compiler"].strip().splitlines()[0][:300]
+    for line in m.get("compiler", "").strip().splitlines()[:1]:
+        yield f"           {line[:300]}"
 
 
 def _flops(f: Mapping[str, Any]) -> Iterator[str]:
