@@ -35,7 +35,7 @@ class FakeMesh(Mesh):
 
     def __new__(cls, devices: np.ndarray, axis_names: tuple[str, ...]) -> "FakeMesh":
         mesh = object.__new__(cls)
-        vars(mesh).update(devices=devices, axis_names=axis_names)  # a Mesh is frozen
+        vars(mesh).update(devices=devices, axis_names=axis_names, size=devices.size)  # frozen
         return mesh
 
 
