@@ -5,12 +5,14 @@ platform they are fast on. `ragged_dot` runs everywhere and is the readable twin
 """
 
 from collections.abc import Callable
+import os
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe.dispatch.blas_matmul import blas_matmul
 from moe.dispatch.blocks import blocks_matmul
 from moe.dispatch.edges import vary_together
 from moe.dispatch.gpu_matmul import triton_matmul
@@ -34,6 +36,7 @@ class Backend(NamedTuple):
 CPU, GPU, TPU = ("cpu",), ("gpu", "cuda", "rocm"), ("tpu",)
 
 BACKENDS: dict[str, Backend] = {
+    "blas": Backend(blas_matmul, CPU, True, "NumPy's BLAS, a call a group; float32"),
     "blocks": Backend(
         blocks_matmul, CPU + GPU + TPU, True, "loops over windows of rows; for the CPU"
     ),
@@ -48,11 +51,16 @@ BACKENDS: dict[str, Backend] = {
     "megablox": Backend(tpu_matmul, TPU, True, "Pallas kernels on TPU, by tiles of rows"),
 }
 
-DEFAULTS = dict.fromkeys(CPU, "blocks") | dict.fromkeys(GPU, "triton") | {"tpu": "megablox"}
+DEFAULTS = dict.fromkeys(CPU, "blas") | dict.fromkeys(GPU, "triton") | {"tpu": "megablox"}
 
 
 def default_backend(platform: str) -> str:
-    """The fastest back end of a platform, by its name in JAX: `cpu`, `gpu`, `cuda`, `rocm` or `tpu`."""
+    """The fastest back end of a platform, by its name in JAX: `cpu`, `gpu`, `cuda`, `rocm` or `tpu`.
+
+    On a CPU whose OpenBLAS is held to another processor's kernels by OPENBLAS_CORETYPE, that is `blocks`.
+    """
+    if platform in CPU and os.environ.get("OPENBLAS_CORETYPE"):
+        return "blocks"
     return DEFAULTS.get(platform, "ragged_dot")
 
 

@@ -239,6 +239,9 @@ def _custom_call_flops(
         return "cublas", _cublas_flops(computation, each)
     if target in KERNEL_TARGETS:
         return _kernel_flops(computation, each, kernels)
+    name = target.removeprefix("moe_")  # moe/dispatch/blas_matmul.py
+    if name in HOST_CALLS:
+        return name, HOST_CALLS[name](computation.operand_shapes(each), each.shapes)
     return None
 
 
@@ -298,4 +301,10 @@ KERNELS: dict[str, Kernel] = {
     "tgmm": grouped_outer_flops,
     "ragged-dot-none": grouped_product_flops,
     "ragged-dot-metadata": None,
+}
+
+HOST_CALLS: dict[str, Callable[[tuple[Shape, ...], tuple[Shape, ...]], int]] = {
+    "grouped_product": grouped_product_flops,
+    "grouped_product_transposed": grouped_product_flops,
+    "grouped_weight_gradient": grouped_outer_flops,
 }

@@ -8,6 +8,7 @@ from jax.sharding import Mesh, PartitionSpec
 import numpy as np
 import pytest
 
+from moe.dispatch import blas_matmul
 from moe.dispatch.blocks import cut, ladder
 from moe.dispatch.grouped_matmul import (
     BACKENDS,
@@ -55,9 +56,10 @@ def both(backend, rows, weights, sizes, cotangent):
 
 
 BOTH = {  # compiled once; the sizes are traced
-    name: jax.jit(functools.partial(both, name)) for name in ("blocks", "megablox", "ragged_dot")
+    name: jax.jit(functools.partial(both, name))
+    for name in ("blas", "blocks", "megablox", "ragged_dot")
 }
-FAST = ("blocks", "megablox")
+FAST = ("blas", "blocks", "megablox")
 
 
 def inputs(dtype=jnp.float32):
@@ -100,7 +102,7 @@ def test_bfloat16(backend):
 @pytest.mark.parametrize(
     ("backend", "check_vma"),
     # Pallas cannot interpret a kernel under the check: test_tpu_matmul lowers it under the check, for TPU.
-    [("blocks", True), ("megablox", False)],
+    [("blas", True), ("blocks", True), ("megablox", False)],
 )
 def test_in_shard_map(backend, check_vma):
     """Rows of two shards, the same weights on both, whose gradient is the sum over the shards."""
@@ -160,9 +162,32 @@ def test_unknown_backend():
 
 
 def test_backends_of_platforms():
-    with pytest.raises(ConfigError, match="runs on tpu and this is cpu; use 'blocks'"):
+    with pytest.raises(ConfigError, match="runs on tpu and this is cpu; use 'bl(ocks|as)'"):
         check_backend("megablox", "cpu")
     for platform in ("cpu", "gpu", "cuda", "rocm", "tpu", "a platform of next year"):
         assert default_backend(platform) in BACKENDS
     for platform in ("cpu", "gpu", "cuda", "tpu"):
         check_backend(default_backend(platform), platform)
+
+
+def test_blas_is_the_default_unless_held_to_older_kernels(monkeypatch):
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    assert default_backend("cpu") == "blocks"
+    monkeypatch.delenv("OPENBLAS_CORETYPE")
+    assert default_backend("cpu") == "blas"
+
+
+@pytest.mark.parametrize(("groups", "width"), [(1, 300), (3, 64), (40, 16)])
+def test_blas_shares_out_every_piece(groups, width):
+    """Few wide matrices are cut into bands, rows of large groups into windows."""
+    rng = np.random.default_rng(1)
+    sizes = rng.multinomial(1200, np.ones(groups) / groups).astype(np.int32)
+    rows, cotangent = rng.normal(size=(1300, width)), rng.normal(size=(1300, 5))
+    weights = rng.normal(size=(groups, width, 5))
+    out, gradient = np.full((1300, 5), np.nan), np.full(weights.shape, np.nan)
+    blas_matmul.grouped_product(rows, weights, sizes, out)
+    blas_matmul.grouped_weight_gradient(rows, cotangent, sizes, gradient)
+    np.testing.assert_allclose(out, loop(rows, weights, sizes), rtol=1e-5, atol=1e-5)
+    ends = np.cumsum(sizes)
+    for e, (start, end) in enumerate(zip(ends - sizes, ends, strict=True)):
+        np.testing.assert_allclose(gradient[e], rows[start:end].T @ cotangent[start:end], atol=1e-9)
