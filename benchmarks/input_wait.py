@@ -61,8 +61,8 @@ def rounds(
         Checkpointer(folder / "checkpoints") as checkpointer,
         Recorder(folder) as recorder,
         Interruption() as interruption,
-        mock.patch.object(setup, "compile_train_step", return_value=compiled),
-        mock.patch.object(setup, "compile_eval_step", return_value=evaluation),
+        mock.patch.object(programs, "compile_train_step", return_value=compiled),
+        mock.patch.object(programs, "compile_eval_step", return_value=evaluation),
         mock.patch.object(train, "save"),  # a checkpoint is paid for by its interval, not by a step
     ):
         for _ in range(repeats + 1):

@@ -73,7 +73,7 @@ def test_the_listener_hears_a_compile():
         (2, ["steps=many"], ["steps", "'many'", "int"]),
         (2, ["router.k=9"], ["router.k=9", "model.num_experts=8"]),
         (2, ["mesh.expert=8", "mesh.data=1", "model.num_experts=12"], ["12", "mesh.expert=8"]),
-        (2, ["mesh.tensor=8", "mesh.data=1"], ["mesh.tensor=8", "divisors"]),
+        (2, ["mesh.tensor=8", "mesh.data=1"], ["mesh.tensor=8", "divides"]),
         (2, ["mesh.data=3"], ["mesh.data=3", "8 devices"]),
         (2, ["data.batch_size=12"], ["data.batch_size=12", "8", "16"]),
         (2, ["optimizer.accumulation=2"], ["data.batch_size=8", "2", "16"]),

@@ -164,8 +164,8 @@ def _platform(mesh: Mesh | None) -> str:
 
 
 def _has_ragged(mesh: Mesh | None) -> bool:
-    if mesh is None:
-        return False
+    if mesh is None:  # nothing is exchanged
+        return True
     first = mesh.devices.flat[0]
     return has_ragged_all_to_all(first.platform, first.device_kind, mesh.size)
 
@@ -189,6 +189,12 @@ def _check_options(name: str, how: Exchange, chunks: int) -> None:
         raise ConfigError(
             f"dispatch.exchange={how.name!r} is no exchange of dispatch.name={name!r}; use one of "
             f"{', '.join(able)}."
+        )
+    if how.name == "ragged" and how.platform in NATIVE_PLATFORMS and not how.is_native:
+        raise ConfigError(
+            "dispatch.exchange='ragged': XLA compiles no ragged all-to-all for more than 16 chips of v5e, "
+            "whose network routes between neighbours only. Use dispatch.exchange=all_to_all with "
+            "dispatch.buffer_factor=1.1, or auto."
         )
     if how.buffer_factor is not None and (name != "grouped" or how.name == "all_gather"):
         raise ConfigError(

@@ -24,7 +24,7 @@ from benchmarks import (
 from benchmarks.layer import Shape
 from benchmarks.op_times import IDLE, Interval
 from benchmarks.timing import interleave
-from moe import setup
+from moe import programs, setup
 from moe.parallel.mesh import make_mesh
 
 TINY = Shape(T=64, D=16, F=32, E=8, K=2)
@@ -225,7 +225,7 @@ def test_compile_time_is_cold(one_device, monkeypatch):
     done = []
     monkeypatch.setattr(jax, "clear_caches", lambda: done.append("clear"))
     monkeypatch.setattr(
-        setup, "compile_train_step", lambda run, state: done.append(run.config.model.num_layers)
+        programs, "compile_train_step", lambda run, state: done.append(run.config.model.num_layers)
     )
     seconds, growth = compile_time.measure(2, SMALL, depths=(3, 5))
     assert done == ["clear", 2, "clear", 3, "clear", 5, "clear", 5, "clear", 3, "clear", 2]

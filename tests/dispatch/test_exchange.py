@@ -358,3 +358,12 @@ def test_compiles_for_tpu(sizes, axes, monkeypatch):
 def test_options_that_do_not_go_together(name, options, told):
     with pytest.raises(ConfigError, match=told):
         make_dispatch(name, None, **options)
+
+
+def test_no_ragged_exchange_by_name_where_none_compiles(monkeypatch):
+    monkeypatch.setattr(table, "_platform", lambda mesh: "tpu")
+    monkeypatch.setattr(table, "_has_ragged", lambda mesh: False)
+    mesh = make_mesh((1, 1, 4, 1, 1))
+    with pytest.raises(ConfigError, match="exchange=all_to_all with"):
+        make_dispatch("grouped", mesh, exchange="ragged", buffer_factor=1.25)
+    make_dispatch("grouped", mesh, buffer_factor=1.25)

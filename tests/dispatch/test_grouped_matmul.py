@@ -162,7 +162,7 @@ def test_unknown_backend():
 
 
 def test_backends_of_platforms():
-    with pytest.raises(ConfigError, match="runs on tpu and this is cpu; use 'bl(ocks|as)'"):
+    with pytest.raises(ConfigError, match=r"runs on tpu and this is cpu; use 'bl(ocks|as)'"):
         check_backend("megablox", "cpu")
     for platform in ("cpu", "gpu", "cuda", "rocm", "tpu", "a platform of next year"):
         assert default_backend(platform) in BACKENDS
