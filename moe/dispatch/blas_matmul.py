@@ -23,7 +23,7 @@ from moe.dispatch.edges import vary_together
 PREFIX = "moe_"  # of the operations' names, followed by those of the functions below
 
 
-WINDOW = 512  # most rows of one call: pieces that threads share out
+WINDOW = 1024  # most rows of one call: pieces that threads share out
 
 _Piece = tuple[int, slice]  # a group, and some of its rows or of its matrix
 
