@@ -159,7 +159,7 @@ def test_what_cannot_work_is_refused(overrides, words):
 def test_another_name_starts_from_its_own_options():
     config = tiny.config("attention.block=8", "attention.name=block")
     assert config.attention.to_dict() == {"name": "block", "block": 8, "top_k": 3}
-    assert tiny.config().attention.to_dict() == {"name": "full"}
+    assert tiny.config().attention.to_dict() == {"name": "full", "query_block": None}
     classify = tiny.config("attention.name=kmeans", "attention.mode=top_w", "task.name=classify")
     assert model_spec(classify, tiny.VOCAB, classes=2).attention.name == "kmeans"
 
