@@ -1,7 +1,10 @@
 """Errors meant for people: each names the value, the rule and the fix, and has its own exit code."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 import difflib
+from typing import TypeVar
+
+Row = TypeVar("Row")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -32,6 +35,25 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or made by another model."""
 
     exit_code = 4
+
+
+def find_row(table: Mapping[str, Row], key: str, name: str, kind: str) -> Row:
+    """The row of a table that the config picks by name.
+
+    Args:
+        table: rows by name.
+        key: of the config, dotted, whose value is `name`.
+        name: of the row.
+        kind: what to say that it is not, where there is no such row: `not a router`.
+
+    Raises:
+        ConfigError: no such row; names the nearest.
+    """
+    if name in table:
+        return table[name]
+    raise ConfigError(
+        f"{key}={name!r} is {kind}{did_you_mean(name, table)}; there are {', '.join(table)}."
+    )
 
 
 # A run that was asked to stop (SIGTERM, Ctrl-C) and has saved its state: start it again to go on.

@@ -1,5 +1,6 @@
 """The compiled programs of a run: training step, evaluation step, update of a prior."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -43,18 +44,8 @@ def compile_prior_update(run: setup.Run, state: TrainState) -> PriorUpdate | Non
     step = make_ablation_step(
         run.spec, run.skeleton, setup.dispatch_for(run, training=False), run.token_bytes
     )
-    everywhere = NamedSharding(run.mesh, PartitionSpec())
     key = setup.root_key(run.config.seed, 3)
-    ablate = jax.jit(
-        step,
-        in_shardings=(
-            run.shardings.params,
-            run.shardings.router,
-            batch_shardings(run.mesh),
-            everywhere,
-        ),
-        out_shardings=everywhere,
-    )
+    ablate = _jit_of_model(run, step)
     put, block = to_device(run.mesh), process_block(run.mesh, run.config.data.batch_size)
     return PriorUpdate(
         ablate=ablate.lower(state.params, state.router, setup.abstract_batch(run), key).compile(),
@@ -111,15 +102,16 @@ def jit_eval_step(run: setup.Run):
         vocabulary=not spec.classes and cells <= VOCABULARY_CELLS,
         causal_gap=has_causal_gap(spec),
     )
+    return _jit_of_model(run, step)
+
+
+def _jit_of_model(run: setup.Run, step: Callable):
+    """`step(params, router, batch, key)` with explicit shardings; what it returns is on every device."""
     everywhere = NamedSharding(run.mesh, PartitionSpec())
+    model = (run.shardings.params, run.shardings.router)
     return jax.jit(
         step,
-        in_shardings=(
-            run.shardings.params,
-            run.shardings.router,
-            batch_shardings(run.mesh),
-            everywhere,
-        ),
+        in_shardings=(*model, batch_shardings(run.mesh), everywhere),
         out_shardings=everywhere,
     )
 

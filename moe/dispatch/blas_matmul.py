@@ -6,7 +6,7 @@ many small ones. BLAS reads and writes in place.
 """
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 import functools
 import os
 
@@ -82,7 +82,10 @@ def _share_out(work: Callable[[int, slice], object], pieces: Iterable[_Piece]) -
             work(*piece)
 
     helpers = [_pool().submit(some) for _ in range(_threads() - 1)]
-    some()
+    try:
+        some()
+    finally:  # none may write on once XLA has taken its buffers back
+        wait(helpers)
     for helper in helpers:
         helper.result()
 

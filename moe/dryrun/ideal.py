@@ -8,8 +8,9 @@ import jax
 from jax.sharding import NamedSharding
 
 from moe import setup
-from moe.model.build import matrices
-from moe.model.spec import DEPTH, ModelSpec
+from moe.model.build import attention_layers, matrices
+from moe.model.spec import ModelSpec
+from moe.parallel.rules import is_stacked, mesh_axes
 from moe.training.state import TrainState
 
 
@@ -53,9 +54,7 @@ def ideal_parts(spec: ModelSpec, tokens: int, sequence_length: int) -> list[Part
 
 def pair_flops(spec: ModelSpec, tokens: int, sequence_length: int) -> float:
     """FLOPs of one of the two products of all queries with all keys, all layers."""
-    depth = spec.depth_capacity**2 - 1  # of the tokens in a depth layer, each meets the same share
-    layers = spec.num_layers + depth * spec.repeats * sum(k in DEPTH for k in spec.pattern)
-    return 2.0 * tokens * sequence_length * layers * spec.heads * spec.head_dim
+    return 2.0 * tokens * sequence_length * attention_layers(spec) * spec.heads * spec.head_dim
 
 
 def causal_saving(spec: ModelSpec, tokens: int, sequence_length: int) -> float:
@@ -116,7 +115,7 @@ def exchange_traffic(run: setup.Run, tokens: int) -> Traffic:
     block sends them once more.
     """
     spec, mesh = run.spec, run.mesh
-    n = math.prod(mesh.shape[axis] for axis in run.rules.expert_axes)
+    n = run.rules.expert_shards(mesh)
     local = tokens / (mesh.size / mesh.shape["tensor"])
     row = spec.width * _itemsize(spec)
     passes = 4 if spec.remat == "none" else 6
@@ -140,7 +139,7 @@ def parameter_traffic(run: setup.Run) -> list[Traffic]:
     batch = [a for a in ("data", "fsdp", "expert", "sequence") if mesh.shape[a] > 1]
     gathered = summed = 0.0
     for size, sharding, is_expert in _parameters(run):
-        axes = {axis for names in sharding.spec for axis in _names(names)}
+        axes = {axis for names in sharding.spec for axis in mesh_axes(names)}
         stay = set(run.rules.expert_axes) if is_expert else set()  # experts stay where they are
         stay.add("tensor")
         cut = math.prod(mesh.shape[a] for a in axes & stay)
@@ -163,16 +162,9 @@ def _parameters(run: setup.Run) -> list[tuple[int, NamedSharding, bool]]:
     found = []
     for path, variable in nnx.to_flat_state(run.skeleton.params):
         sharding = where[tuple(path)]
-        letters = variable.get_metadata().get("axes", ())
-        stacked = len(letters) > 1 and letters[0] == "E"  # as in `moe.parallel.rules`
+        stacked = is_stacked(variable.get_metadata().get("axes", ()))
         found.append((math.prod(variable.get_value().shape), sharding, stacked))
     return found
-
-
-def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    if part is None:
-        return ()
-    return (part,) if isinstance(part, str) else tuple(part)
 
 
 def _itemsize(spec: ModelSpec) -> int:

@@ -46,7 +46,7 @@ def expected_waste(run: setup.Run, tokens: int) -> Waste | None:
 def _of_exchange(run: setup.Run, local: int) -> Waste | None:
     """Of the buffer that one shard receives into: one for all senders, or a part for each."""
     K, E = run.spec.router.k, run.spec.all_experts
-    factor, n = run.config.dispatch.buffer_factor, shards(run)
+    factor, n = run.config.dispatch.buffer_factor, run.rules.expert_shards(run.mesh)
     exchange = resolved_exchange(run)
     if exchange == "ragged":
         rows = min(math.ceil(factor * local * K), n * local * K)
@@ -59,17 +59,12 @@ def _of_exchange(run: setup.Run, local: int) -> Waste | None:
     return None
 
 
-def shards(run: setup.Run) -> int:
-    """How many parts the experts are spread over."""
-    return math.prod(run.mesh.shape[axis] for axis in run.rules.expert_axes)
-
-
 def resolved_exchange(run: setup.Run) -> str:
     """The exchange that the dispatch uses on this mesh; `none` where experts lie on one shard."""
     d, first = run.config.dispatch, run.mesh.devices.flat[0]
     native = has_ragged_all_to_all(first.platform, first.device_kind, run.mesh.size)
     how = Exchange(d.exchange, d.buffer_factor, first.platform, native, run.rules.expert_axes)
-    return how.resolved(d.name, shards(run), run.spec.router.k)
+    return how.resolved(d.name, run.rules.expert_shards(run.mesh), run.spec.router.k)
 
 
 def local_tokens(run: setup.Run, tokens: int) -> int:
@@ -107,7 +102,7 @@ def tile_padding(run: setup.Run, rows: int, even: int) -> float:
         rows: of the kernel's buffer.
         even: of them filled at even load.
     """
-    groups = run.spec.num_experts // shards(run)
+    groups = run.spec.num_experts // run.rules.expert_shards(run.mesh)
     platform, backend = run.mesh.devices.flat[0].platform, run.config.dispatch.backend
     backend = default_backend(platform) if backend == "auto" else backend
     if backend == "triton":

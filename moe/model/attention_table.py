@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 import jax.numpy as jnp
 
-from moe.errors import ConfigError, did_you_mean
+from moe.errors import ConfigError, did_you_mean, find_row
 from moe.model import attention, block_attention, head_experts, kmeans_attention, segment_attention
 from moe.model.attention import Attention, KeyValues
 from moe.model.block_attention import BlockAttention
@@ -122,12 +122,7 @@ def find_attention(name: str) -> AttentionKind:
     Raises:
         ConfigError: no such attention; names the nearest.
     """
-    if name in ATTENTION:
-        return ATTENTION[name]
-    raise ConfigError(
-        f"attention.name={name!r} is not an attention{did_you_mean(name, ATTENTION)}; there are "
-        f"{', '.join(ATTENTION)}."
-    )
+    return find_row(ATTENTION, "attention.name", name, "not an attention")
 
 
 def causality_of(name: str, options: dict[str, Any]) -> str:

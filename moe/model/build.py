@@ -167,12 +167,18 @@ def model_size(spec: ModelSpec, sequence_length: int) -> ModelSize:
         chosen = spec.router.k / spec.all_experts if "mixed" in path else 1.0  # run for all tokens
         total += size
         active += size * _share(spec, path) * chosen
-    # Of the tokens that go through a depth layer, each meets the same share of keys.
-    depth = spec.depth_capacity**2 - 1
-    layers = spec.num_layers + depth * spec.repeats * sum(k in DEPTH for k in spec.pattern)
-    attention = 2 * layers * spec.heads * spec.head_dim * (sequence_length + 1) / 2
+    attention = 2 * attention_layers(spec) * spec.heads * spec.head_dim * (sequence_length + 1) / 2
     multiplied = sum(matrices(spec).values())
     return ModelSize(round(total), round(active), 2.0 * (multiplied + attention))
+
+
+def attention_layers(spec: ModelSpec) -> float:
+    """Layers of attention by the pairs of tokens compared; a depth layer counts in part.
+
+    Of the tokens that go through one, each meets the same share of keys.
+    """
+    depth = spec.depth_capacity**2 - 1
+    return spec.num_layers + depth * spec.repeats * sum(k in DEPTH for k in spec.pattern)
 
 
 def matrices(spec: ModelSpec) -> dict[tuple, float]:

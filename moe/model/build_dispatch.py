@@ -39,7 +39,7 @@ def build_dispatch(config: ConfigDict, mesh: Mesh | None, *, training: bool) -> 
         options["capacity_factor"] = eval_factor
         bound = options.pop("buffer_factor")
         if bound is not None and mesh is not None:
-            shards = math.prod(mesh.shape[axis] for axis in rules.expert_axes)
+            shards = rules.expert_shards(mesh)
             # A power of two has large common divisors with the numbers of tokens that occur.
             more = math.ceil(max(shards / bound, 1))
             options["chunks"] *= 1 << (more - 1).bit_length()

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from moe.axes import BATCH_AXES, DATA, EXPERT, FSDP, SEQUENCE, TENSOR
-from moe.errors import ConfigError, did_you_mean
+from moe.errors import ConfigError, find_row
 
 Axes = tuple[str, ...]
 
@@ -33,6 +33,10 @@ class Rules(NamedTuple):
     def expert_axes(self) -> Axes:
         """Mesh axes that the experts lie on, which the exchange of tokens runs over."""
         return self.experts["E"]
+
+    def expert_shards(self, mesh: Mesh) -> int:
+        """How many parts the experts are spread over."""
+        return math.prod(mesh.shape[axis] for axis in self.expert_axes)
 
 
 # Hidden widths, heads and vocabulary lie on `tensor` in every preset.
@@ -78,18 +82,22 @@ def find_rules(name: str) -> Rules:
     Raises:
         ConfigError: no such preset; names the nearest.
     """
-    if name in RULES:
-        return RULES[name]
-    raise ConfigError(
-        f"mesh.rules={name!r} is no preset of sharding rules{did_you_mean(name, RULES)}; there are "
-        f"{', '.join(RULES)}."
-    )
+    return find_row(RULES, "mesh.rules", name, "no preset of sharding rules")
+
+
+def is_stacked(letters: Sequence[str | None]) -> bool:
+    """Whether a parameter whose axes these letters name holds one array for each expert."""
+    return len(letters) > 1 and letters[0] == "E"
+
+
+def mesh_axes(part: str | Axes | None) -> Axes:
+    """The mesh axes in one entry of a PartitionSpec."""
+    return (part,) if isinstance(part, str) else tuple(part or ())
 
 
 def parameter_spec(letters: Sequence[str | None], ndim: int, rules: Rules) -> PartitionSpec:
     """PartitionSpec of a parameter whose last axes are named by `letters`; axes before them are replicated."""
-    stacked = len(letters) > 1 and letters[0] == "E"
-    table = rules.experts if stacked else rules.others
+    table = rules.experts if is_stacked(letters) else rules.others
     named = [None if letter is None else table.get(letter) for letter in letters]
     return PartitionSpec(*([None] * (ndim - len(named))), *named)
 
@@ -105,8 +113,7 @@ def parameter_shardings(state: nnx.State, mesh: Mesh, rules: Rules) -> Any:
         shape = variable.get_value().shape
         spec = parameter_spec(variable.get_metadata().get("axes", ()), len(shape), rules)
         for size, names in zip(shape, spec, strict=True):
-            axes = (names,) if isinstance(names, str) else names or ()
-            _check_divides(path, shape, size, axes, mesh)
+            _check_divides(path, shape, size, mesh_axes(names), mesh)
         return NamedSharding(mesh, spec)
 
     flat = nnx.to_flat_state(state)

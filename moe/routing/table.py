@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moe.errors import ConfigError, did_you_mean
+from moe.errors import ConfigError, did_you_mean, find_row
 from moe.routing import (
     balanced_groups,
     base,
@@ -109,12 +109,7 @@ def find_router(name: str) -> Router:
     Raises:
         ConfigError: no such router; names the nearest.
     """
-    if name in ROUTERS:
-        return ROUTERS[name]
-    raise ConfigError(
-        f"router.name={name!r} is not a router{did_you_mean(name, ROUTERS)}; there are "
-        f"{', '.join(ROUTERS)}."
-    )
+    return find_row(ROUTERS, "router.name", name, "not a router")
 
 
 def router_options(name: str) -> dict[str, Any]:
