@@ -53,8 +53,11 @@ def routers_with_prior() -> tuple[str, ...]:
     facts = {"num_experts": 4, "vocab_size": 4, "width": 4, "k": 1}
 
     def made(row: Router) -> Any:
-        named = pick_inputs(row.init_state, facts | {"key": jax.random.key(0)})
-        return jax.eval_shape(functools.partial(row.init_state, **named))
+        def init() -> Any:  # the key is made in here, where it is only traced
+            known = facts | {"key": jax.random.key(0)}
+            return row.init_state(**pick_inputs(row.init_state, known))
+
+        return jax.eval_shape(init)
 
     return tuple(n for n, row in ROUTERS.items() if row.stateful and LOG_PRIOR in made(row))
 
