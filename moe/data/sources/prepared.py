@@ -71,17 +71,17 @@ def read_prepared(name: str, directory: Path, text_feature: str) -> Source:
             "data.name=tfds:DIRECTORY."
         )
     builder = tfds.builder_from_directory(path)
-    _check_format(builder, path)
+    check_format(builder, path)
     _check_text(builder, path, text_feature)
-    slices = _slices(tuple(builder.info.splits), path)
+    slices = split_slices(tuple(builder.info.splits), path)
 
     def documents(split: str) -> Iterator[Document]:
         return _documents(builder, slices[split], text_feature)
 
-    return Source(name, _identity(path), documents)
+    return Source(name, dataset_identity(path), documents)
 
 
-def _check_format(builder, path: Path) -> None:
+def check_format(builder, path: Path) -> None:
     file_format = builder.info.file_format.value
     if file_format not in ("array_record", "parquet"):
         raise DataError(
@@ -100,7 +100,7 @@ def _check_text(builder, path: Path, text_feature: str) -> None:
         )
 
 
-def _slices(names: tuple[str, ...], path: Path) -> dict[str, str]:
+def split_slices(names: tuple[str, ...], path: Path) -> dict[str, str]:
     """Maps our splits to slices of the data set's own."""
     own = {split: next((name for name in _NAMES[split] if name in names), None) for split in SPLITS}
     if own["train"] is None:
@@ -116,7 +116,7 @@ def _slices(names: tuple[str, ...], path: Path) -> dict[str, str]:
     return slices
 
 
-def _identity(path: Path) -> str:
+def dataset_identity(path: Path) -> str:
     """Hashes the data set's metadata and the sizes of its files, not gigabytes of records."""
     digest = hashlib.sha256()
     for file in sorted(path.iterdir()):
