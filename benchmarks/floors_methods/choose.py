@@ -1,0 +1,87 @@
+"""Choosing among candidates by scores: words for a definition, names for a picture or a gap."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+BINS = 4  # of each colour in a histogram
+
+
+def recall(scores: Sequence[np.ndarray], answers: Sequence[int], k: int = 1) -> np.ndarray:
+    """How likely the right candidate is among the first k when equal scores are put in random order.
+
+    Args:
+        scores: one array of candidates' scores an example, of any length.
+        answers: index of the right candidate.
+        k: candidates that may be named.
+
+    Returns:
+        Probabilities [n]; with k=1 and all scores of an example equal, one over their number.
+    """
+    hits = []
+    for one, answer in zip(scores, answers, strict=True):
+        better, equal = np.sum(one > one[answer]), np.sum(one == one[answer])
+        hits.append(np.clip((k - better) / equal, 0, 1))
+    return np.array(hits)
+
+
+def overlap(
+    train: Sequence[tuple[str, str]], asked: Sequence[str], candidates: Sequence[Sequence[str]]
+) -> list[np.ndarray]:
+    """Cosine of TF-IDF between a definition and all train definitions of each candidate word.
+
+    Args:
+        train: pairs of a definition and its word.
+        asked: definitions.
+        candidates: words that each of them may define; one that train lacks scores 0.
+
+    Returns:
+        Scores of the candidates of each definition.
+    """
+    by_word = defaultdict(list)
+    for definition, word in train:
+        by_word[word].append(definition)
+    row = {word: i for i, word in enumerate(by_word)}
+    features = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b", sublinear_tf=True)
+    known = features.fit_transform([" ".join(found) for found in by_word.values()])
+    given = features.transform(asked)
+    scores = []
+    for i, words in enumerate(candidates):
+        found = [row.get(word, -1) for word in words]
+        cosine = (known[np.maximum(found, 0)] @ given[i].T).toarray()[:, 0]
+        scores.append(np.where(np.array(found) < 0, 0.0, cosine))
+    return scores
+
+
+def occurrences(context: Sequence[str], candidates: Sequence[str]) -> np.ndarray:
+    """How often each candidate occurs among the words of a text [C]."""
+    return np.array([sum(word == candidate for word in context) for candidate in candidates])
+
+
+def histogram(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Shares of coarse colours: uint8 pictures [H W 3] -> [n BINS^3], rows of sum 1."""
+    rows = []
+    for image in images:
+        coarse = (image.reshape(-1, 3) // (256 // BINS)).astype(np.int64)
+        number = coarse @ (BINS**2, BINS, 1)
+        rows.append(np.bincount(number, minlength=BINS**3) / len(number))
+    return np.stack(rows)
+
+
+def nearest(train: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Index of the row of train [n F] with the least sum of absolute differences [m]."""
+    return np.array([np.abs(train - one).sum(1).argmin() for one in asked], np.int64)
+
+
+def name_likeness(guesses: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """Cosine of TF-IDF of runs of 1 to 4 characters between guessed and true names [m n]."""
+    features = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 4))
+    known = features.fit_transform(names)
+    return (features.transform(guesses) @ known.T).toarray()
+
+
+def most_frequent(values: Sequence[str]) -> str:
+    """The value that occurs most often, of several the first."""
+    return Counter(values).most_common(1)[0][0]
