@@ -41,7 +41,7 @@ def ideal_parts(spec: ModelSpec, tokens: int, sequence_length: int) -> list[Part
     """
     forward: dict[str, float] = {}
     again: dict[str, float] = {}
-    for path, size in matrices(spec).items():
+    for path, size in matrices(spec, sequence_length).items():
         name = _component(path)
         flops = 2.0 * size * tokens
         forward[name] = forward.get(name, 0.0) + flops
@@ -71,7 +71,8 @@ def _component(path: tuple) -> str:
     for name in ("experts", "shared", "gate", "attention", "mixed"):
         if name in names:
             return name
-    return "logits" if names[0] in ("head", "embedding") else "dense"
+    parts = {"head": "logits", "embedding": "logits", "pair": "logits", "stem": "stem"}
+    return parts.get(names[0], "dense")
 
 
 def _recomputed(spec: ModelSpec, path: tuple) -> bool:
@@ -82,7 +83,7 @@ def _recomputed(spec: ModelSpec, path: tuple) -> bool:
     experts and of attention scores have a batch axis, or are kernels, and are not saved.
     """
     names = [str(name) for name in path]
-    if names[0] in ("head", "embedding") or spec.remat == "none":
+    if names[0] in ("head", "embedding", "stem", "pool", "pair") or spec.remat == "none":
         return False
     if spec.remat == "dots":
         return "experts" in names

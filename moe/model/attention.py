@@ -129,6 +129,7 @@ class Attention(nnx.Module):
         segments: Int[Array, "B S"],
         cache: KeyValues | None = None,
         start: Int[Array, ""] | None = None,
+        prefix: Bool[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
         """Attends to earlier positions of the same document, or to all of them.
 
@@ -139,13 +140,22 @@ class Attention(nnx.Module):
             cache: keys and values so far; with it, `x` stands at `start, start + 1, ...` of one
                 document, or of those that its `segment` keeps apart.
             start: how many positions of the cache are filled.
+            prefix: positions that all of their document see, earlier ones too: a prefix language
+                model (Raffel et al. 2020, arXiv:1910.10683, figure 4). In generation the whole
+                prefix is in one call: what is in the cache saw nothing of it.
 
         Returns:
             The output (before the residual) and the cache with these positions in it.
         """
         heads = self.rotated(self.heads(x), positions)
         out, cache = attend(
-            heads, segments, cache, start, causal=self.causal, query_block=self.query_block
+            heads,
+            segments,
+            cache,
+            start,
+            causal=self.causal,
+            query_block=self.query_block,
+            prefix=prefix,
         )
         return self.merged(out), cache
 
@@ -158,6 +168,7 @@ def attend(
     *,
     causal: bool = True,
     query_block: int | None = None,
+    prefix: Bool[Array, "B S"] | None = None,
 ) -> tuple[Float[Array, "B S H X"], KeyValues | None]:
     """What each query head finds in its document; arguments as for `Attention`.
 
@@ -168,12 +179,19 @@ def attend(
             cut_positions(heads.query), gather_positions(heads.key), gather_positions(heads.value)
         )
         if query_block is not None:
-            return attend_by_block(heads, segments, query_block, causal=causal), None
+            out = attend_by_block(heads, segments, query_block, causal=causal, prefix=prefix)
+            return out, None
         mask = segments[:, None, :, None] == gather_positions(segments)[:, None, None, :]
+        if causal and prefix is not None:
+            at = jnp.arange(segments.shape[1])
+            mask, causal = mask & _at_or_before(at, at, gather_positions(prefix)), False
         return jax.nn.dot_product_attention(*heads, mask=mask, is_causal=causal), None
     q, k, v = heads
     assert start is not None
-    mask = _cache_mask(start, q.shape[1], cache.key.shape[1])
+    at = jnp.arange(cache.key.shape[1])
+    if prefix is not None:
+        prefix = write(jnp.zeros(cache.key.shape[:2], bool), prefix, start)
+    mask = _at_or_before(start + jnp.arange(q.shape[1]), at, prefix)
     segment = cache.segment
     if segment is not None:
         segment = write(segment, segments, start)
@@ -183,7 +201,12 @@ def attend(
 
 
 def attend_by_block(
-    heads: Heads, segments: Int[Array, "B S"], block: int, *, causal: bool = True
+    heads: Heads,
+    segments: Int[Array, "B S"],
+    block: int,
+    *,
+    causal: bool = True,
+    prefix: Bool[Array, "B S"] | None = None,
 ) -> Float[Array, "B S H X"]:
     """`attend` with `[B H block S]` weights at a time instead of `[B H S S]`.
 
@@ -195,11 +218,13 @@ def attend_by_block(
         segments: document of each position.
         block: queries at a time, at least 1; a shorter last block is filled up.
         causal: whether queries see no later keys.
+        prefix: keys that they see nevertheless.
     """
     B, S = segments.shape
     shards = sequence_shards(S)
     count = -(-S // (shards * block))
     key_segments, key_at = gather_positions(segments)[:, None, None, :], jnp.arange(S)
+    prefix = None if prefix is None else gather_positions(prefix)
 
     def cut(a: Shaped[Array, "B S ..."]) -> Shaped[Array, "count B Q ..."]:
         a, rest = a.reshape(a.shape[0], shards, S // shards, *a.shape[2:]), a.shape[2:]
@@ -211,7 +236,7 @@ def attend_by_block(
         query, segment, at = part
         mask = segment[:, None, :, None] == key_segments
         if causal:
-            mask = mask & (key_at[None, None, None] <= at[:, None, :, None])
+            mask = mask & _at_or_before(at, key_at, prefix)
         return jax.nn.dot_product_attention(query, heads.key, heads.value, mask=mask)
 
     parts = cut(heads.query), cut(segments), cut(key_at[None])
@@ -241,7 +266,9 @@ def write(
     return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start, axis=1)
 
 
-def _cache_mask(start: Int[Array, ""], queries: int, keys: int) -> Bool[Array, "1 1 S K"]:
-    """Query `i` stands at position `start + i` and sees every filled position up to its own."""
-    at = start + jnp.arange(queries)
-    return (jnp.arange(keys)[None, :] <= at[:, None])[None, None]
+def _at_or_before(
+    queries: Int[Array, "... S"], keys: Int[Array, " K"], prefix: Bool[Array, "B K"] | None
+) -> Bool[Array, "B 1 S K"]:
+    """Which places each query sees: those up to its own, and those of the prefix; `B` may be 1."""
+    seen = jnp.atleast_2d(queries)[:, None, :, None] >= keys[None, None, None]
+    return seen if prefix is None else seen | prefix[:, None, None, :]

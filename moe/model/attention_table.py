@@ -63,7 +63,8 @@ class AttentionKind(NamedTuple):
     noncausal: tuple[tuple[str, Any], ...] = ()  # (option, value) that make it C3
     terms: tuple[str, ...] = ()  # losses that it offers, one value a token
     bidirectional: bool = False  # whether it can attend to the whole document
-    gaps: bool = False  # whether its cache tells positions apart that a layer left out
+    gaps: bool = False  # whether its cache tells apart positions that are left out
+    prefix: bool = False  # whether it takes `prefix`, positions that all of their document see
 
     @property
     def options(self) -> dict[str, Any]:
@@ -78,6 +79,7 @@ ATTENTION: dict[str, AttentionKind] = {
         attention.check,
         bidirectional=True,
         gaps=True,
+        prefix=True,
     ),
     "block": AttentionKind(
         BlockAttention, "Lu et al. 2025, arXiv:2502.13189", block_attention.check

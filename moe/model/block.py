@@ -158,7 +158,7 @@ class Block(nnx.Module):
         if call.training and key is not None:
             noise = jax.random.fold_in(key, ATTENTION_NOISE)
         past = None if cache is None else cache.attention
-        named = pick_inputs(type(self.attention).__call__, {"key": noise})
+        named = pick_inputs(type(self.attention).__call__, {"key": noise, "prefix": call.prefix})
         x = self.attention_norm(x)
         return AttentionOutput(*self.attention(x, positions, segments, past, start, **named))
 

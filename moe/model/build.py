@@ -14,7 +14,9 @@ from moe.model.mixed_experts import Kinds
 from moe.model.noise import WeightNoise
 from moe.model.noise import check as check_noise
 from moe.model.paths import check as check_paths
-from moe.model.spec import DEPTH, KINDS, ModelSpec, Named, Paths
+from moe.model.spec import DEPTH, KINDS, ModelSpec, Named, Paths, Stem
+from moe.model.stems import STRIDE, stem_positions
+from moe.model.stems import check as check_stem
 from moe.model.transformer import Transformer
 from moe.routing.table import check_router
 
@@ -25,6 +27,7 @@ def model_spec(
     token_counts: np.ndarray | None = None,
     *,
     classes: int = 0,
+    stem: Stem | None = None,
     training: bool = True,
 ) -> ModelSpec:
     """The model that `config.model` and `config.router` describe.
@@ -33,17 +36,21 @@ def model_spec(
         config: complete config.
         vocab_size: of the tokenizer.
         token_counts: `[V]` how often each id occurs in the training text, for balanced hash tables.
-        classes: of a classifier of rows; 0 for a language model.
+        classes: of a classifier of rows; 0 for other tasks.
+        stem: what makes positions of frames; None where rows hold tokens alone.
         training: whether to refuse a router that could run but not learn.
 
     Raises:
-        ConfigError: the router cannot work with this number of experts.
+        ConfigError: parts that cannot work together, or not for this task.
     """
     m: dict[str, Any] = config.model.to_dict()
     m["pattern"] = tuple(m["pattern"])
     attention = _check_attention(config)
     task, paths = config.task.to_dict(), Paths(**config.paths)
     head.check(task)
+    _check_prefix(task, attention.name)
+    if stem is not None:
+        check_stem(stem, config.data.sequence_length)
     check_paths(**paths._asdict())
     router = config.router.to_dict()
     if any(KINDS[kind] for kind in m["pattern"]):
@@ -67,8 +74,10 @@ def model_spec(
         router=spec,
         attention=attention,
         sequence_length=config.data.sequence_length,
-        causal=task["name"] == "language",
+        causal=task["name"] in head.CAUSAL_TASKS,
+        output=head.OUTPUTS[task["name"]],
         classes=classes,
+        stem=stem,
         pool=Named(task["pool"], tuple(sorted(head.pool_options(task).items()))),
         paths=paths,
         weight_noise=WeightNoise(**config.weight_noise),
@@ -78,6 +87,17 @@ def model_spec(
     _check_kinds(made)
     _check_depth(made, may_see_ahead=may_see_ahead(config))
     return made
+
+
+def _check_prefix(task: dict[str, Any], attention: str) -> None:
+    """A prefix that sees itself both ways needs an attention that can."""
+    both_ways = task["name"] == "seq2seq" and task.get("prefix", "bidirectional") == "bidirectional"
+    require(
+        not both_ways or find_attention(attention).prefix,
+        f"attention.name={attention!r} with task.name='seq2seq' and task.prefix='bidirectional': only full "
+        "attention lets the source see itself both ways and the target earlier positions alone. Set "
+        "attention.name='full', or task.prefix='causal'.",
+    )
 
 
 def _check_kinds(spec: ModelSpec) -> None:
@@ -143,8 +163,17 @@ def _check_attention(config: ConfigDict) -> Named:
 
 
 def may_see_ahead(config: ConfigDict) -> bool:
-    """Whether a token may depend on later ones: a classifier reads whole rows."""
-    return config.allow_noncausal or config.task.name != "language"
+    """Whether a token may depend on later ones: what generates nothing reads whole rows."""
+    return config.allow_noncausal or config.task.name not in head.CAUSAL_TASKS
+
+
+def takes_padding(spec: ModelSpec) -> bool:
+    """Whether prompts of different lengths can share a batch of generation, padded on the right.
+
+    Not where attention, a router or an expert goes by places in the row: a padded row would have other
+    neighbours there than it has alone.
+    """
+    return find_attention(spec.attention.name).gaps and not spec.looks_back
 
 
 class ModelSize(NamedTuple):
@@ -158,8 +187,10 @@ class ModelSize(NamedTuple):
 def model_size(spec: ModelSpec, sequence_length: int) -> ModelSize:
     """Parameters, and the FLOPs of one token's forward pass (a training step takes 3 times that).
 
-    Matrix products only: every active matrix but the embedding look-up, and causal attention over
-    half of the sequence. Padding, drops and recomputation do not count.
+    Matrix products only: every active matrix but look-ups, the stem's and those of whole rows by their
+    share of the positions, and attention: causal over half of the sequence, in both directions over all of
+    it. A prefix that sees itself both ways counts as causal: its length is the data's. Padding, drops and
+    recomputation do not count.
     """
     total = active = 0.0
     for path, variable in _parameters(spec):
@@ -167,8 +198,10 @@ def model_size(spec: ModelSpec, sequence_length: int) -> ModelSize:
         chosen = spec.router.k / spec.all_experts if "mixed" in path else 1.0  # run for all tokens
         total += size
         active += size * _share(spec, path) * chosen
-    attention = 2 * attention_layers(spec) * spec.heads * spec.head_dim * (sequence_length + 1) / 2
-    multiplied = sum(matrices(spec).values())
+    both_ways = not spec.causal and find_attention(spec.attention.name).bidirectional
+    keys = sequence_length if both_ways else (sequence_length + 1) / 2
+    attention = 2 * attention_layers(spec) * spec.heads * spec.head_dim * keys
+    multiplied = sum(matrices(spec, sequence_length).values())
     return ModelSize(round(total), round(active), 2.0 * (multiplied + attention))
 
 
@@ -181,18 +214,32 @@ def attention_layers(spec: ModelSpec) -> float:
     return spec.num_layers + depth * spec.repeats * sum(k in DEPTH for k in spec.pattern)
 
 
-def matrices(spec: ModelSpec) -> dict[tuple, float]:
+def matrices(spec: ModelSpec, sequence_length: int) -> dict[tuple, float]:
     """Numbers of every matrix that one token is multiplied with on average, by the path of the parameter.
 
-    All but look-ups and sizes of noise; an expert counts by the share of tokens that choose it.
+    All but look-ups and sizes of noise; an expert counts by the share of tokens that choose it, what
+    runs for some positions of a row only by their share of `sequence_length`.
     """
     found = {}
     for path, variable in _parameters(spec):
-        is_lookup = path[-1] == "embedding" and not spec.tie_embeddings
+        is_lookup = path[-1] == "embedding" and not (
+            spec.tie_embeddings and spec.output == "tokens"
+        )
+        is_lookup |= tuple(path) == ("stem", "position")
         is_matrix = len(variable.get_metadata().get("axes", ())) >= 2
         if is_matrix and not is_lookup and "sigmas" not in path:
-            found[tuple(path)] = float(np.prod(variable.get_value().shape)) * _share(spec, path)
+            runs = _share(spec, path) * _runs(spec, path, sequence_length) / sequence_length
+            found[tuple(path)] = float(np.prod(variable.get_value().shape)) * runs
     return found
+
+
+def _runs(spec: ModelSpec, path: tuple, sequence_length: int) -> int:
+    """How many products with a matrix a row takes, if all of its positions go through every layer."""
+    if path[0] == "stem" and spec.stem is not None:
+        return stem_positions(spec.stem) * (STRIDE if path[1] == "first" else 1)
+    if path[0] == "pair":
+        return 2
+    return 1 if path[0] == "head" and spec.output == "classes" else sequence_length
 
 
 def _parameters(spec: ModelSpec) -> list[tuple[tuple, nnx.Variable]]:

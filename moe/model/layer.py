@@ -60,6 +60,10 @@ class Call(NamedTuple):
     documents: Int[Array, "B S"] | None = None  # packed documents, 0 padding; None: one a row
     modality: Int[Array, "B S"] | None = None  # kind of each token, from 0; None: all of one kind
     shared: Any = None  # the part of the gate that all layers share
+    prefix: Bool[Array, "B S"] | None = (
+        None  # seen by all of their document; None: earlier ones only
+    )
+    frames: Float[Array, "B N F"] | None = None  # what the stem makes the first positions of
 
 
 class Sparse(NamedTuple):
@@ -76,14 +80,17 @@ class History(NamedTuple):
 
     inputs: Float[Array, "B N D"]
     tokens: Int[Array, "B N"]
+    modality: Int[Array, "B N"]
 
-    def with_part(self, x: Array, tokens: Array, start: Int[Array, ""]) -> "History":
-        """With the inputs and ids of positions `start` and on."""
-        update = jax.lax.dynamic_update_slice_in_dim
-        return History(
-            update(self.inputs, x.astype(self.inputs.dtype), start, axis=1),
-            update(self.tokens, tokens, start, axis=1),
-        )
+    def with_part(self, x: Array, call: Call, start: Int[Array, ""]) -> "History":
+        """With the inputs, ids and kinds of positions `start` and on."""
+        modality = jnp.zeros_like(call.tokens) if call.modality is None else call.modality
+        new = History(x.astype(self.inputs.dtype), call.tokens, modality)
+
+        def put(old: Array, part: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(old, part, start, axis=1)
+
+        return History(*(put(old, part) for old, part in zip(self, new, strict=True)))
 
 
 class SparseMLP(nnx.Module):
@@ -213,7 +220,7 @@ class SparseMLP(nnx.Module):
             history: of earlier positions.
             start: how many positions it holds.
         """
-        history = history.with_part(x, call.tokens, start)
+        history = history.with_part(x, call, start)
         params = self._expert_params(x, call, key)
         if self.spec.row.causality != "C1":
             routing, memory = self.route(x, call, key, memory)
@@ -227,7 +234,7 @@ class SparseMLP(nnx.Module):
             valid=everywhere < start + S,
             positions=everywhere,
             documents=(everywhere < start + S).astype(jnp.int32),
-            modality=None,
+            modality=history.modality,
         )
         routing, memory = self.route(history.inputs.astype(x.dtype), whole, key, memory)
 

@@ -18,6 +18,15 @@ class Named(NamedTuple):
     options: tuple[tuple[str, Any], ...] = ()
 
 
+class Stem(NamedTuple):
+    """What turns frames of a row, patches of a picture or parts of a sound, into its first positions."""
+
+    kind: str  # a key of `moe.model.stems.STEMS`
+    frames: int  # `N` of a row
+    size: int  # `F`, numbers of a frame
+    hidden: int = 0  # width of a layer between, of "patches"; 0: one linear map
+
+
 class Paths(NamedTuple):
     """The section `paths` of the config: layers left out, and jumps from earlier layers."""
 
@@ -64,7 +73,10 @@ class ModelSpec(NamedTuple):
     attention: Named = Named("full")
     sequence_length: int = 0  # of training, for attentions that cut it into parts
     causal: bool = True  # whether a position sees earlier ones only
-    classes: int = 0  # of a classifier of whole rows; 0 predicts the next token
+    output: str = "tokens"  # logits at every position; or classes, pair: of whole rows
+    classes: int = 0  # of a classifier
+    stem: Stem | None = None  # of models whose rows hold frames
+    blank: int | None = None  # the id of CTC that stands for nothing; None predicts no alignments
     pool: Named = Named("mean")  # how a classifier makes one vector of a row
     paths: Paths = Paths()
     weight_noise: WeightNoise = WeightNoise()

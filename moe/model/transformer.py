@@ -13,10 +13,11 @@ from moe.model import attention_table
 from moe.model.attention import RMSNorm
 from moe.model.block import Block, LayerCache, Layered, Stream
 from moe.model.experts import fan_in_init, project
-from moe.model.head import make_pool, pool_rows
+from moe.model.head import PairHead, make_pool, pool_rows
 from moe.model.layer import Call, History, initial_memory, shared_gate
 from moe.model.paths import empty_history
 from moe.model.spec import ModelSpec
+from moe.model.stems import make_stem, place, stem_positions
 from moe.model.travel import Run, travel
 from moe.parallel.rules import constrain_batch
 from moe.routing.selection import ROUTING_NAME
@@ -36,10 +37,13 @@ REMAT: dict[str, Callable | None] = {
 class ModelOutput(NamedTuple):
     """Next-token logits, and what each sparse layer reports."""
 
-    logits: Float[Array, "B *S V"]  # float32; [B M] over the classes of a classifier of rows
+    # float32; [B M] over the classes of a classifier of rows; None of a model of pairs
+    logits: Float[Array, "B *S V"] | None
     reports: LayerReport | None  # leading axis L; None for a dense model
     cache: LayerCache | None  # leading axis: layers
     terms: dict[str, Float[Array, "B S"]] = {}  # noqa: RUF012 - of the layers themselves, their mean
+    pair: Float[Array, "B 2 D"] | None = None  # float32, of length 1: segments 1 and 2 of each row
+    scale: Float[Array, ""] | None = None  # that similarities of pairs are multiplied by
 
 
 class Repeat(nnx.Module):
@@ -80,6 +84,8 @@ class Transformer(nnx.Module):
             nnx.initializers.normal(scale)(rngs.params(), (spec.vocab_size, spec.width)),
             axes=("V", "D"),
         )
+        if spec.stem is not None:
+            self.stem = make_stem(spec.stem, spec.width, rngs)
         if spec.first_dense:
             self.first = _stack(spec, ("dense",), spec.first_dense, rngs)
         if spec.repeats:
@@ -88,11 +94,14 @@ class Transformer(nnx.Module):
         if shared is not None and spec.sparse_layers:
             self.shared_gate = shared
         self.norm = RMSNorm(spec.width, spec.norm_eps)
-        outputs, letter = (spec.classes, None) if spec.classes else (spec.vocab_size, "V")
         pool = make_pool(spec, rngs)
         if pool is not None:
             self.pool = pool
-        if spec.classes or not spec.tie_embeddings:
+        if spec.output == "pair":
+            self.pair = PairHead(spec.width, rngs=rngs)
+        elif spec.output == "classes" or not spec.tie_embeddings:
+            rows = spec.output == "classes"
+            outputs, letter = (spec.classes, None) if rows else (spec.vocab_size, "V")
             self.head = nnx.Param(
                 fan_in_init(spec.width)(rngs.params(), (spec.width, outputs)), axes=("D", letter)
             )
@@ -105,21 +114,24 @@ class Transformer(nnx.Module):
         cache: LayerCache | None = None,
         start: Int[Array, ""] | None = None,
     ) -> ModelOutput:
-        """Logits of the next token at every position of `call.tokens`, or of each row's class.
+        """Logits at every position of `call.tokens`, or of each row's class, or a pair of vectors a row.
 
         Args:
             positions: position of each token in its document.
             segments: document of each token, 0 for padding.
-            call: tokens, padding mask, dispatch and noise.
+            call: tokens, padding mask, dispatch and noise. With `frames`, positions whose `modality` is
+                1 hold what the stem makes of them, from the first on.
             cache: what layers keep of earlier positions, leading axis layers (generation).
             start: how many positions of the cache are filled.
         """
-        dtype = jnp.dtype(self.spec.dtype)
-        stream = Stream(constrain_batch(self.embedding[...].astype(dtype)[call.tokens]))
+        stream = Stream(self._embedded(call))
         if self.spec.paths.jump > 0:
             stream = stream._replace(earlier=empty_history(self.spec.num_layers, stream.x))
         call = call._replace(
-            positions=positions, documents=segments, shared=getattr(self, "shared_gate", None)
+            positions=positions,
+            documents=segments,
+            shared=getattr(self, "shared_gate", None),
+            frames=None,
         )
         told_of, done = [], 0
         for index, name in enumerate(("first", "blocks")):
@@ -140,8 +152,26 @@ class Transformer(nnx.Module):
             caches = [told.cache for told in told_of]
             cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
         reports = [told.reports for told in told_of if told.reports is not None]
-        logits = self._logits(stream.x, call)
-        return ModelOutput(logits, reports[0] if reports else None, cache, _mean_terms(told_of))
+        out = ModelOutput(None, reports[0] if reports else None, cache, _mean_terms(told_of))
+        x = self.norm(stream.x)
+        if self.spec.output == "pair":
+            return out._replace(pair=self.pair(x, segments), scale=self.pair.scale())
+        return out._replace(logits=self._logits(x, call))
+
+    def _embedded(self, call: Call) -> Float[Array, "B S D"]:
+        """What stands at each position before the first layer.
+
+        Raises:
+            ValueError: frames without a stem, or without the kinds of positions.
+        """
+        x = constrain_batch(self.embedding[...].astype(jnp.dtype(self.spec.dtype))[call.tokens])
+        if call.frames is None:
+            return x
+        if self.spec.stem is None or call.modality is None:
+            raise ValueError("frames need ModelSpec.stem and Call.modality")
+        from_frames = (call.modality == 1) & call.valid
+        count = stem_positions(self.spec.stem)
+        return constrain_batch(place(self.stem, x, call.frames, from_frames, count))
 
     def _with_memory(self, stream: Stream, cache: LayerCache | None) -> Stream:
         """What the gate of the first sparse layer remembers; over the whole history where one is kept."""
@@ -192,8 +222,7 @@ class Transformer(nnx.Module):
         return stream, _merged(told)
 
     def _logits(self, x: Float[Array, "B S D"], call: Call) -> Float[Array, "B *S V"]:
-        x = self.norm(x)
-        if self.spec.classes:
+        if self.spec.output == "classes":
             x = pool_rows(getattr(self, "pool", None), x, call)
             return (x.astype(jnp.float32) @ self.head[...]).astype(jnp.float32)
         kernel = self.embedding[...].T if self.spec.tie_embeddings else self.head[...]
@@ -242,7 +271,11 @@ def _merged(tree):
 
 
 def empty_cache(spec: ModelSpec, batch: int, length: int) -> LayerCache:
-    """A cache for `length` positions; leading axis layers."""
+    """A cache for `length` positions; leading axis layers.
+
+    Attentions whose cache tells positions apart (`gaps`) keep the segment of each: rows may have padding,
+    segment 0, anywhere (`build.takes_padding`).
+    """
     dtype = jnp.dtype(spec.dtype)
     sizes = {"width": spec.width, "kv_heads": spec.kv_heads, "head_dim": spec.head_dim}
     options = dict(spec.attention.options)
@@ -250,12 +283,12 @@ def empty_cache(spec: ModelSpec, batch: int, length: int) -> LayerCache:
         spec.attention.name, options, batch, length, dtype=dtype, **sizes
     )
     attention = jax.tree.map(lambda a: jnp.zeros((spec.num_layers, *a.shape), a.dtype), one)
-    if spec.has_depth:  # passed tokens are keys of nobody
+    if attention_table.find_attention(spec.attention.name).gaps:
         attention = attention._replace(segment=jnp.zeros(attention.key.shape[:3], jnp.int32))
     history: tuple[History, ...] = ()
     if spec.sparse_layers and spec.looks_back:
         size = 2 if "double" in spec.pattern else 1
         shape = (spec.num_layers, batch, length)
         inputs, tokens = jnp.zeros((*shape, spec.width), dtype), jnp.zeros(shape, jnp.int32)
-        history = (History(inputs, tokens),) * size
+        history = (History(inputs, tokens, tokens),) * size
     return LayerCache(attention, history)

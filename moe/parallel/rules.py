@@ -159,6 +159,17 @@ def constrain_batch(x: Array) -> Array:
     )
 
 
+def constrain_rows(x: Array) -> Array:
+    """`[B ...]` cut over the batch axes alone; the identity without a mesh.
+
+    For what lies beside the positions of the model and has an axis of its own, as frames do.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, BATCH_SPEC)
+
+
 def sequence_shards(length: int) -> int:
     """Parts that `length` positions of an activation are cut into; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
