@@ -43,8 +43,72 @@ _SOURCES = "moe.data.sources"
 
 CATALOGUE: dict[str, Entry] = {
     # Language.
+    "novels": Entry(
+        f"{_SOURCES}.novels",
+        "AustenNovels",
+        "language",
+        "six novels of Jane Austen by chapter, 4 MB; whole novels held out",
+    ),
+    "scripture": Entry(
+        f"{_SOURCES}.scripture",
+        "ScriptureChapters",
+        "language",
+        "the Bible by chapter in English and Spanish, 4 MB each",
+    ),
+    "german": Entry(
+        f"{_SOURCES}.fortunes",
+        "FortuneTexts",
+        "language",
+        "German fortunes: sayings, jokes, recipes, 2.9 MB",
+        "german",
+    ),
+    "chinese": Entry(
+        f"{_SOURCES}.fortunes",
+        "FortuneTexts",
+        "language",
+        "Chinese fortunes: sayings, poems, manuals, 2.1 MB",
+        "chinese",
+    ),
+    "dictionary": Entry(
+        f"{_SOURCES}.dictionary",
+        "WordnetDictionary",
+        "language",
+        "the glosses of WordNet in alphabetical order, 12 MB",
+    ),
+    "news": Entry(
+        f"{_SOURCES}.news",
+        "BbcNews",
+        "language",
+        "articles of BBC News, 5 MB",
+    ),
+    "reviews": Entry(
+        f"{_SOURCES}.reviews",
+        "ImdbReviewTexts",
+        "language",
+        "film reviews of IMDB, 33 MB",
+    ),
     # Classification.
     # Pairs.
+    "verses_en_es": Entry(
+        f"{_SOURCES}.verses",
+        "VersesEnEs",
+        "pairs",
+        "verses of the Bible, English to Spanish; whole chapters held out",
+    ),
+    "interface_en_de": Entry(
+        f"{_SOURCES}.interface",
+        "InterfacePairs",
+        "pairs",
+        "interface and manual texts, English to German",
+        "en_de",
+    ),
+    "interface_en_zh": Entry(
+        f"{_SOURCES}.interface",
+        "InterfacePairs",
+        "pairs",
+        "interface and manual texts, English to Chinese",
+        "en_zh",
+    ),
     # Images.
     "fashion_mnist": Entry(
         f"{_SOURCES}.fashion_mnist",
