@@ -69,11 +69,7 @@ def prepare(
         ConfigError: no such name.
         DataError: a package cannot be fetched or read, or the directory cannot be written.
     """
-    entry = find_entry(name)
-    arguments: dict[str, Any] = {"data_dir": data_dir, "file_format": "array_record"}
-    if entry.config is not None:
-        arguments["config"] = entry.config
-    builder = entry.load()(**arguments)
+    entry, builder = find_entry(name), make_builder(name, data_dir)
     if is_prepared(builder):
         return builder
     archives = {
@@ -85,6 +81,15 @@ def prepare(
     if isinstance(builder, PackageBuilder):
         builder.close()
     return builder
+
+
+def make_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
+    """The builder of a name of the catalogue, its data prepared or not; see `prepare`."""
+    entry = find_entry(name)
+    arguments: dict[str, Any] = {"data_dir": data_dir, "file_format": "array_record"}
+    if entry.config is not None:
+        arguments["config"] = entry.config
+    return entry.load()(**arguments)
 
 
 def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:

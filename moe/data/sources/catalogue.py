@@ -143,6 +143,7 @@ def find_entry(name: str) -> Entry:
     if name not in CATALOGUE:
         raise ConfigError(
             f"{name!r} is no data set that can be prepared here{did_you_mean(name, CATALOGUE)}; "
-            f"there are {', '.join(CATALOGUE)}."
+            f"there are {', '.join(CATALOGUE)}. What TFDS has prepared is read as "
+            "data.name=tfds:NAME."
         )
     return CATALOGUE[name]
