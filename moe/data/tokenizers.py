@@ -1,9 +1,11 @@
-"""Text to token ids and back: bytes, and byte-level BPE.
+"""Text to token ids and back: bytes, byte-level BPE, and characters.
 
-Both hold one extra token, the document boundary, which no text can produce: documents start with
-it and end by predicting it. `decode(encode(text)) == text` for any text.
+All hold one extra token, the document boundary, which no text can produce: documents start with
+it and end by predicting it. `decode(encode(text)) == text` for any text; of characters, for any
+text of known ones.
 """
 
+import collections
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import json
@@ -17,19 +19,21 @@ from moe.config import nearest
 from moe.errors import ConfigError, DataError
 
 _BYTES = 256
-_LANES = 64  # the byte vocabulary is padded to a multiple, for sharding and matrix units
+_LANES = 64  # small vocabularies are padded to a multiple, for sharding and matrix units
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # what an unknown character is decoded to
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
     """A tokenizer. Make it with `make_tokenizer` or `from_json`."""
 
-    kind: str  # bytes or bpe
+    kind: str  # bytes, bpe or characters
     vocab_size: int  # rows of the embedding: ids are less than this, and some may be unused
     boundary: int  # the token between documents
     spelling: tuple[bytes, ...]  # the bytes of each id in use, the boundary left out
     encode_batch: Callable[[list[str]], list[np.ndarray]]  # int32 ids of each text, no boundaries
-    model: dict[str, Any] | None  # of bpe: the library's JSON
+    model: dict[str, Any] | None  # of bpe: the library's JSON; of characters: which they are
+    unknown: int | None = None  # of characters: the id of all that the training text lacks
 
     @property
     def token_bytes(self) -> Int[np.ndarray, " V"]:
@@ -146,17 +150,91 @@ def train_bpe(texts: Iterable[str], vocab_size: int | None) -> Tokenizer:
     return bpe_tokenizer(library.to_str(), vocab_size)
 
 
+def character_tokenizer(characters: str) -> Tokenizer:
+    """One id for each of the characters, then the unknown character, then the boundary.
+
+    Rows of the embedding are padded to a multiple of 64. An unknown character counts as the three
+    bytes of U+FFFD, which it is decoded to.
+
+    Args:
+        characters: distinct, in the order of their code points.
+
+    Raises:
+        DataError: they are not.
+    """
+    codes = _code_points(characters)
+    if not len(codes) or (np.diff(codes) <= 0).any():
+        raise DataError(f"These are no distinct characters in order: {characters[:80]!r}.")
+    unknown = len(codes)
+
+    def encode_batch(texts: list[str]) -> list[np.ndarray]:
+        return [encode(_code_points(text)) for text in texts]
+
+    def encode(text: np.ndarray) -> np.ndarray:
+        places = np.minimum(np.searchsorted(codes, text), unknown - 1)
+        return np.where(codes[places] == text, places, unknown).astype(np.int32)
+
+    return Tokenizer(
+        kind="characters",
+        vocab_size=-(-(unknown + 2) // _LANES) * _LANES,
+        boundary=unknown + 1,
+        spelling=tuple(char.encode("utf-8", "surrogatepass") for char in characters + _UNKNOWN),
+        encode_batch=encode_batch,
+        model={"characters": characters},
+        unknown=unknown,
+    )
+
+
+def _code_points(text: str) -> Int[np.ndarray, " N"]:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.int64)
+
+
+def train_characters(texts: Iterable[str], vocab_size: int | None) -> Tokenizer:
+    """Takes the characters of texts; of too many the most frequent, equal ones by code point.
+
+    Args:
+        texts: the training split, and nothing else.
+        vocab_size: most ids, the unknown character and the boundary included; None takes them all.
+
+    Raises:
+        ConfigError: vocab_size has no place for a character.
+        DataError: the texts are empty.
+    """
+    if vocab_size is not None and vocab_size < 3:
+        raise ConfigError(
+            f"data.vocab_size={vocab_size}: characters need an id each, one for the unknown "
+            "character and one for the boundary. None takes all characters of the training text."
+        )
+    counts: collections.Counter[str] = collections.Counter()
+    for text in texts:
+        counts.update(text)
+    if not counts:
+        raise DataError(
+            "data.tokenizer=characters: the training split has no text to take them from."
+        )
+    kept = sorted(counts, key=lambda char: (-counts[char], char))
+    return character_tokenizer(
+        "".join(sorted(kept[: None if vocab_size is None else vocab_size - 2]))
+    )
+
+
+_KINDS: dict[str, Callable[[Iterable[str], int | None], Tokenizer]] = {
+    "bytes": lambda texts, vocab_size: byte_tokenizer(),
+    "bpe": train_bpe,
+    "characters": train_characters,
+}
+
+
 def make_tokenizer(kind: str, vocab_size: int | None, texts: Iterable[str]) -> Tokenizer:
-    """Makes the tokenizer that `data.tokenizer` names; only `bpe` reads `vocab_size` and `texts`.
+    """Makes the tokenizer that `data.tokenizer` names; `bytes` reads neither size nor texts.
 
     Raises:
         ConfigError: no such tokenizer, or a vocabulary too small for it.
+        DataError: no text to learn from.
     """
-    if kind == "bytes":
-        return byte_tokenizer()
-    if kind == "bpe":
-        return train_bpe(texts, vocab_size)
-    raise ConfigError(f"data.tokenizer={kind!r} is none; {nearest(kind, ('bytes', 'bpe'))}.")
+    if kind not in _KINDS:
+        raise ConfigError(f"data.tokenizer={kind!r} is none; {nearest(kind, _KINDS)}.")
+    return _KINDS[kind](texts, vocab_size)
 
 
 def from_json(text: str) -> Tokenizer:
@@ -171,6 +249,8 @@ def from_json(text: str) -> Tokenizer:
             return byte_tokenizer()
         if record["kind"] == "bpe":
             return bpe_tokenizer(json.dumps(record["model"]), record["vocab_size"])
+        if record["kind"] == "characters":
+            return character_tokenizer(record["model"]["characters"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise DataError(f"This is no saved tokenizer: {text[:80]!r} ({error!r}).") from error
     raise DataError(f"A saved tokenizer of kind {record['kind']!r}, which this version lacks.")
