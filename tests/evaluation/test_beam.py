@@ -74,7 +74,7 @@ def test_a_beam_with_room_for_everything_finds_the_best_text(alpha):
 def plain(first: np.ndarray, later: np.ndarray, width: int, alpha: float) -> list[int]:
     """The same search for one row, in lists."""
     going, ended = [()], []
-    for size in range(1, N + 1):
+    for _ in range(N):
         grown = [(*text, token) for text in going for token in range(V)]
         grown.sort(key=lambda text: -log_prob(text, first, later))
         ended += [text for text in grown[:width] if text[-1] == END]
