@@ -103,7 +103,7 @@ def make_eval_step(
             return EvalSums(by_domain, None, None, None, None, terms, batch.valid.sum()), None
         requested = jnp.einsum("lbe,bm->lme", report.row_requested, member)
         logits = done.logits if vocabulary else None
-        routing = routing_sums.routing_sums(report, batch, member, logits)
+        routing = routing_sums.routing_sums(report, batch, member, key, logits)
         causal = None
         if causal_gap:
             causal = comparison(done, run(params, router, batch, key=key, training=True))

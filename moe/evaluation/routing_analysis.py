@@ -118,6 +118,62 @@ def mutual_information(counts: Shaped[np.ndarray, "L M E"]) -> Float[np.ndarray,
     return np.maximum(apart - _plogp(joint).sum(axis=(-2, -1)), 0.0)
 
 
+def information_share(counts: Shaped[np.ndarray, "L M E"]) -> Float[np.ndarray, " L"]:
+    """I(kind; expert) / H(kind), from 0 to 1: how much of the kind one choice gives away."""
+    kinds = counts.sum(axis=-1)
+    return _divide(
+        mutual_information(counts), entropy(_divide(kinds, kinds.sum(-1, keepdims=True)))
+    )
+
+
+def shuffled(
+    kind: Int[np.ndarray, " N"], mask: Bool[np.ndarray, " N"], draws: Float[np.ndarray, " N"]
+) -> Int[np.ndarray, " N"]:
+    """The kinds of what the mask holds, permuted among themselves.
+
+    Counts of shuffled kinds give the information that chance alone makes of so few tokens: it is
+    above 0, about `(M - 1)(E - 1) / 2n` nats for n independent choices (Miller 1955).
+
+    Args:
+        kind: of each row or token.
+        mask: those that take part; others keep theirs.
+        draws: uniform; their order is the permutation.
+    """
+    held = np.flatnonzero(mask)
+    mixed = kind.copy()
+    mixed[held] = kind[held[np.argsort(draws[held], kind="stable")]]
+    return mixed
+
+
+class Favourites(NamedTuple):
+    """The ids that each expert takes most beyond its share; -1 where it has fewer."""
+
+    ids: Int[np.ndarray, "L E top"]
+    counts: Int[np.ndarray, "L E top"]  # choices of the expert by tokens of the id
+    lift: Float[np.ndarray, "L E top"]  # P(expert | id) / P(expert), both over choices
+
+
+def favourites(counts: Shaped[np.ndarray, "L V E"], *, least: int = 10, top: int = 8) -> Favourites:
+    """Ids by lift, the more frequent first among equals.
+
+    Args:
+        counts: from `visit_counts` with token ids as the kind.
+        least: choices; an id that made fewer in a layer, or that comes no more often
+            than others do, is not listed.
+        top: ids for each expert.
+    """
+    of_id, of_expert = counts.sum(axis=2, keepdims=True), counts.sum(axis=1, keepdims=True)
+    share = _divide(of_expert, of_expert.sum(axis=2, keepdims=True))
+    lift = _divide(_divide(counts, of_id), share)  # [L V E]
+    lift = np.where((of_id >= least) & (lift > 1.0), lift, 0.0)
+    order = np.lexsort((-counts, -lift), axis=1)[:, :top]
+    best = np.take_along_axis(lift, order, axis=1)
+    listed = best > 0
+    found = np.take_along_axis(counts, order, axis=1).astype(np.int64)
+    rows = (np.where(listed, order, -1), np.where(listed, found, 0), best)
+    return Favourites(*(np.moveaxis(row, 1, 2) for row in rows))
+
+
 def divergence(counts: Shaped[np.ndarray, "L M E"]) -> Float[np.ndarray, "L M M"]:
     """M13: Jensen-Shannon divergence between the loads of every two kinds, nats, 0 to ln 2.
 

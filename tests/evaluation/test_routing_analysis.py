@@ -183,3 +183,65 @@ def test_nothing_counted_is_nothing_measured():
         ra.specialisation(counts, np.zeros(3)),
     ):
         np.testing.assert_array_equal(value, 0.0)
+
+
+def test_information_share_of_kinds_that_experts_tell_apart_in_part():
+    own = np.array([[[6, 6, 0, 0], [0, 0, 2, 2]], [[3, 1, 0, 0], [6, 2, 0, 0]]])
+    np.testing.assert_allclose(ra.information_share(own), [1.0, 0.0], atol=1e-12)
+    noisy = np.array([[[3, 1], [1, 3]]])
+    expected = 1 + 0.75 * math.log2(0.75) + 0.25 * math.log2(0.25)  # binary symmetric channel
+    np.testing.assert_allclose(ra.information_share(noisy), [expected])
+    np.testing.assert_array_equal(ra.information_share(np.array([[[3, 1], [0, 0]]])), [0.0])
+
+
+def test_shuffled_kinds_are_the_same_kinds_elsewhere():
+    kind = np.array([0, 1, 2, 3, 4, 5])
+    mask = np.array([True, False, True, True, False, True])
+    draws = np.array([0.9, 0.0, 0.1, 0.5, 0.0, 0.2])
+    # held: 0 2 3 5; by their draws: 2 5 3 0
+    np.testing.assert_array_equal(ra.shuffled(kind, mask, draws), [2, 1, 5, 3, 4, 0])
+
+
+def test_few_samples_inform_by_chance_and_the_control_shows_how_much():
+    rng = np.random.default_rng(0)
+    n, M, experts = 400, 4, 8
+    choices = rng.integers(0, experts, (1, n, 1, 1)).astype(np.int32)
+    kind = rng.integers(0, M, n)
+    mixed = ra.shuffled(kind, np.ones(n, bool), rng.random(n))
+    found, control = (
+        ra.mutual_information(ra.visit_counts(choices, k[:, None], M, experts))
+        for k in (kind, mixed)
+    )
+    bias = (M - 1) * (experts - 1) / (2 * n)
+    np.testing.assert_allclose(found, bias, rtol=0.6)
+    np.testing.assert_allclose(control, bias, rtol=0.6)
+    own = ra.mutual_information(ra.visit_counts(kind[None, :, None, None], kind[:, None], M, M))
+    shares = np.bincount(kind) / n
+    np.testing.assert_allclose(own, -(shares * np.log(shares)).sum())
+
+
+def test_favourites_equal_a_loop_over_ids():
+    choices, ids = with_holes(14), np.random.default_rng(15).integers(0, 6, (B, S))
+    counts = ra.visit_counts(choices, ids, 7, E)  # nobody is of the seventh id
+    found = ra.favourites(counts, least=30, top=3)
+    for layer in range(L):
+        c = counts[layer]
+        for e in range(E):
+            lifts = {
+                v: (c[v, e] / c[v].sum()) / (c[:, e].sum() / c.sum())
+                for v in range(7)
+                if c[v].sum() >= 30
+            }
+            best = sorted((v for v in lifts if lifts[v] > 1), key=lambda v: -lifts[v])[:3]
+            listed = found.ids[layer, e]
+            assert listed[listed >= 0].tolist() == best
+            np.testing.assert_array_equal(found.counts[layer, e, : len(best)], c[best, e])
+            np.testing.assert_allclose(found.lift[layer, e, : len(best)], [lifts[v] for v in best])
+
+
+def test_favourites_of_equal_lift_are_the_frequent_ones():
+    counts = np.array([[[20, 0], [50, 0], [30, 0], [0, 100], [3, 0]]])
+    found = ra.favourites(counts, least=10, top=4)
+    assert found.ids[0].tolist() == [[1, 2, 0, -1], [3, -1, -1, -1]]
+    assert found.counts[0].tolist() == [[50, 30, 20, 0], [100, 0, 0, 0]]
+    np.testing.assert_allclose(found.lift[0, 0], [203 / 103] * 3 + [0])
