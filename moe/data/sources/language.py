@@ -48,6 +48,11 @@ class SplitBuilder(PackageBuilder):
         parts: dict[str, list[tuple[str, dict[str, str]]]] = {split: [] for split in SPLITS}
         for split, key, features in self.examples():
             parts[split].append((key, features))
+        for split, part in parts.items():
+            if not part:
+                raise DataError(
+                    f"{self.name} has no examples for {split}: its packages are incomplete."
+                )
         metadata: Any = self.info.metadata
         metadata["skipped"] = {reason: n for reason, n in self.skipped.items() if n}
         for reason, number in metadata["skipped"].items():

@@ -91,8 +91,9 @@ def records(database: bytes) -> Iterator[bytes]:
             raw = stream.decompress(database[start + 4 :])
         except zlib.error as error:
             raise DataError(f"{where} is damaged: {error}.") from error
-        if not stream.eof or len(raw) != int.from_bytes(database[start : start + 4], "big"):
-            raise DataError(f"{where} is truncated: {len(raw)} bytes of text were read.")
+        wanted = int.from_bytes(database[start : start + 4], "big")
+        if not stream.eof or len(raw) != wanted:
+            raise DataError(f"{where} is truncated: it has {len(raw)} of {wanted} bytes.")
         yield raw
         start = len(database) - len(stream.unused_data)
 

@@ -138,8 +138,9 @@ def _object(line: str, where: str) -> tuple[str, ...]:
     except json.JSONDecodeError as error:
         raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from error
     keys = ("source", "target", "domain")
-    values = [record[key] for key in keys if key in record] if isinstance(record, dict) else []
-    if not {*keys[:2]} <= {*record} or not all(isinstance(value, str) for value in values):
+    fields = record if isinstance(record, dict) else {}
+    values = [fields[key] for key in keys if key in fields]
+    if not {*keys[:2]} <= {*fields} or not all(isinstance(value, str) for value in values):
         raise DataError(
             f"{where} must be an object with the strings 'source' and 'target' and perhaps "
             f"'domain'; it starts {line[:60]!r}."
