@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+import math
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -9,22 +10,56 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 BINS = 4  # of each colour in a histogram
 
 
-def recall(scores: Sequence[np.ndarray], answers: Sequence[int], k: int = 1) -> np.ndarray:
-    """How likely the right candidate is among the first k when equal scores are put in random order.
+def recall(scores: Sequence[np.ndarray], right: Sequence[Sequence[int]], k: int = 1) -> np.ndarray:
+    """How likely a right candidate is among the first k when equal scores are put in random order.
 
     Args:
         scores: one array of candidates' scores an example, of any length.
-        answers: index of the right candidate.
+        right: indices of the right candidates, one at least.
         k: candidates that may be named.
 
     Returns:
-        Probabilities [n]; with k=1 and all scores of an example equal, one over their number.
+        Probabilities [n]; with k=1, one right candidate and all scores equal, one over their number.
     """
-    hits = []
-    for one, answer in zip(scores, answers, strict=True):
-        better, equal = np.sum(one > one[answer]), np.sum(one == one[answer])
-        hits.append(np.clip((k - better) / equal, 0, 1))
-    return np.array(hits)
+    return np.array([_found(one, list(own), k) for one, own in zip(scores, right, strict=True)])
+
+
+def _found(scores: np.ndarray, right: list[int], k: int) -> float:
+    """One less the probability that places left after better candidates all go to equal wrong ones."""
+    best = scores[right].max()
+    own = int(np.sum(scores[right] == best))
+    wrong = np.delete(scores, right)
+    equal, places = int(np.sum(wrong == best)), max(0, k - int(np.sum(wrong > best)))
+    if places > equal:
+        return 1.0
+    return 1 - math.comb(equal, places) / math.comb(equal + own, places)
+
+
+def wrong_words(
+    right: Sequence[Sequence[str]], words: Sequence[str], ways: int, seed: int = 0
+) -> list[list[str]]:
+    """Draws `ways - 1` different wrong words for each example.
+
+    Args:
+        right: words that are right for each example.
+        words: to draw from, each once.
+        ways: candidates of an example, the right one included.
+        seed: of the draw.
+
+    Raises:
+        ValueError: an example has fewer wrong words than that.
+    """
+    rng, drawn = np.random.default_rng(seed), []
+    for own in right:
+        if len(words) - len(set(own)) < ways - 1:
+            raise ValueError(f"{len(words)} words are too few for {ways - 1} wrong ones.")
+        found: list[str] = []
+        while len(found) < ways - 1:
+            word = words[int(rng.integers(len(words)))]
+            if word not in own and word not in found:
+                found.append(word)
+        drawn.append(found)
+    return drawn
 
 
 def overlap(

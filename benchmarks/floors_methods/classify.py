@@ -11,6 +11,8 @@ from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.naive_bayes import BernoulliNB, MultinomialNB
 
+from moe.data.audio import FULL_SCALE, log_mel
+
 STRENGTHS = (1.0, 10.0, 100.0)  # inverse weight decay, chosen on the valid split
 WORD = r"(?u)\b\w+\b"  # scikit-learn's own pattern drops words of one letter
 
@@ -81,3 +83,9 @@ def standardise(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
     """Takes off the mean of train and divides by its deviation, feature by feature."""
     mean, deviation = train.mean(0), train.std(0) + 1e-6
     return [(x - mean) / deviation for x in (train, *others)]
+
+
+def sound(pcm: np.ndarray, rate: int) -> np.ndarray:
+    """Mean and deviation over time of each log-mel band: int16 samples [T] -> float32 [2 F]."""
+    bands = log_mel(pcm.astype(np.float32) / FULL_SCALE, rate=rate, normalise=False)
+    return np.concatenate([bands.mean(0), bands.std(0)])

@@ -15,7 +15,7 @@ _BITS = 9  # of a symbol in a key
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": lambda data: gzip.compress(data, 9, mtime=0),
     "bz2": lambda data: bz2.compress(data, 9),
-    "xz": lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
+    "xz": lambda data: lzma.compress(data, preset=9),
 }
 
 

@@ -1,68 +1,43 @@
 """A figure with its interval, and the tables it is printed in."""
 
 from collections.abc import Sequence
+import math
 from typing import NamedTuple
 
 import numpy as np
 
-DRAWS = 1000  # resamplings of the examples
-INTERVAL = (2.5, 97.5)  # percentiles
+from moe.evaluation.bootstrap import Interval, mean_interval
+
+HEADER = ("data", "split", "method", "metric", "value", "95%", "n")
+_OF_100 = ("BLEU", "chrF")  # metrics that go from 0 to 100
 
 
 class Floor(NamedTuple):
-    """What one method reaches on one split."""
+    """What one method reaches on one split, or one domain of it."""
 
     data: str
     split: str
     method: str
     metric: str
-    value: float
-    low: float  # 95% bootstrap interval over examples; nan where the metric is no sum over them
-    high: float
-    n: int  # examples (documents, pairs) of the split
+    interval: Interval
 
 
-HEADER = ("data", "split", "method", "metric", "value", "95%", "n")
-
-
-def ratio(above: np.ndarray, below: np.ndarray | None = None, seed: int = 0) -> tuple[float, ...]:
-    """A quotient of sums over examples with its percentile bootstrap interval.
-
-    Args:
-        above: one number an example [n].
-        below: its weight [n]; None: 1 each, and the quotient is the mean.
-        seed: of the resampling.
-
-    Returns:
-        The value, the lower end and the upper end (Efron and Tibshirani 1993, section 13.3).
-
-    Raises:
-        ValueError: no examples.
-    """
-    above = np.asarray(above, np.float64)
-    below = np.ones_like(above) if below is None else np.asarray(below, np.float64)
-    if not len(above):
-        raise ValueError("No examples: there is nothing to average.")
-    rng, n, drawn = np.random.default_rng(seed), len(above), []
-    for _ in range(DRAWS):
-        picks = rng.integers(n, size=n)
-        drawn.append(above[picks].sum() / below[picks].sum())
-    low, high = np.percentile(drawn, INTERVAL)
-    return float(above.sum() / below.sum()), float(low), float(high)
+def exact(value: float, n: int) -> Interval:
+    """A value without an interval: it is no function of sums over examples, or needs none."""
+    return Interval(value, math.nan, math.nan, n)
 
 
 def accuracy(data: str, split: str, method: str, right: np.ndarray) -> Floor:
-    """The share of True in `right` [n]."""
-    return Floor(data, split, method, "accuracy", *ratio(right), len(right))
+    """The mean of `right` [n], True or a probability where the method leaves it to chance."""
+    return Floor(data, split, method, "accuracy", mean_interval(np.asarray(right, np.float64)))
 
 
 def cells(floor: Floor) -> tuple[str, ...]:
     """The cells of a row, as in HEADER."""
-    digits = 1 if floor.metric in ("BLEU", "chrF") else 3
-    low, high = (f"{end:.{digits}f}" for end in (floor.low, floor.high))
-    interval = "-" if np.isnan(floor.low) else f"{low} to {high}"
-    value = f"{floor.value:.{digits}f}"
-    return floor.data, floor.split, floor.method, floor.metric, value, interval, str(floor.n)
+    digits = 1 if floor.metric in _OF_100 else 3
+    value, low, high = (f"{number:.{digits}f}" for number in floor.interval[:3])
+    ends = "-" if math.isnan(floor.interval.low) else f"{low} to {high}"
+    return floor.data, floor.split, floor.method, floor.metric, value, ends, f"{floor.interval.n:,}"
 
 
 def text(floors: Sequence[Floor]) -> str:
@@ -73,7 +48,8 @@ def text(floors: Sequence[Floor]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
-def markdown(floors: Sequence[Floor]) -> str:
-    """The same as a table of a page."""
-    head = f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}"
-    return "\n".join([head, *(f"| {' | '.join(cells(floor))} |" for floor in floors)])
+def markdown(floors: Sequence[Floor], commit: str) -> str:
+    """The same as a table of a page, with the commit that was measured."""
+    head = (*HEADER, "commit")
+    lines = [head, ("---",) * len(head), *((*cells(floor), commit) for floor in floors)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
