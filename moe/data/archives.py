@@ -22,7 +22,9 @@ Reader = Callable[[], bytes]
 
 _AR_MAGIC = b"!<arch>\n"
 _AR_HEADER = 60  # bytes: name 16, date 12, owner 6, group 6, mode 8, size 10, magic 2
-_CHUNK = 2**24
+_ZIP_END = b"PK\5\6"  # the last record; at byte 10 it has the number of members in two bytes
+_ZIP64 = 0xFFFF  # the number stands elsewhere
+_CHUNK = 2**20
 _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError)
 _BAD_ZIP = (*_DAMAGE, RuntimeError, NotImplementedError, ValueError)  # encrypted, unknown method
 
@@ -171,6 +173,10 @@ def _open_zip(path: Path, data: bytes) -> dict[str, Reader]:
         archive = zipfile.ZipFile(io.BytesIO(data))
     except _BAD_ZIP as error:
         raise _damaged(path, error) from error
+    end = data.rfind(_ZIP_END)
+    stated = int.from_bytes(data[end + 10 : end + 12], "little")
+    if stated not in (len(archive.infolist()), _ZIP64):  # zipfile passes over what is missing
+        raise _damaged(path, f"it lists {len(archive.infolist())} of {stated} members")
     if sum(info.file_size for info in archive.infolist()) > LARGEST:
         raise _too_large(path)
     for info in archive.infolist():
