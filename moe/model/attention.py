@@ -183,8 +183,8 @@ def attend(
             return out, None
         mask = segments[:, None, :, None] == gather_positions(segments)[:, None, None, :]
         if causal and prefix is not None:
-            at = jnp.arange(segments.shape[1])
-            mask, causal = mask & _at_or_before(at, at, gather_positions(prefix)), False
+            before = jnp.tri(segments.shape[1], dtype=bool)[None, None]
+            mask, causal = mask & (before | gather_positions(prefix)[:, None, None, :]), False
         return jax.nn.dot_product_attention(*heads, mask=mask, is_causal=causal), None
     q, k, v = heads
     assert start is not None

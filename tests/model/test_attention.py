@@ -48,7 +48,7 @@ def plain_rotary(x: np.ndarray, position: int) -> np.ndarray:
     return out
 
 
-def plain_attention(attention: Attention, x, positions, segments) -> np.ndarray:
+def plain_attention(attention: Attention, x, positions, segments, prefix=None) -> np.ndarray:
     """Token by token, head by head, in float64."""
     wq, wk, wv, wo = (
         np.asarray(w[...], np.float64)
@@ -70,7 +70,8 @@ def plain_attention(attention: Attention, x, positions, segments) -> np.ndarray:
                 else:
                     each[s] = [plain_norm(head, scale) for head in each[s]]
         for t in range(x.shape[1]):
-            seen = [s for s in range(t + 1) if segments[row, s] == segments[row, t]]
+            before = [s <= t or (prefix is not None and prefix[row, s]) for s in range(x.shape[1])]
+            seen = [s for s, b in enumerate(before) if b and segments[row, s] == segments[row, t]]
             for h in range(H):
                 g = h // (H // k.shape[1])
                 query = plain_rotary(q[t, h], positions[row, t])
@@ -93,6 +94,25 @@ def test_equals_plain_loops(kv_heads, qk_norm):
     expected = plain_attention(attention, x, np.asarray(batch.positions), batch.segments)
     assert cache is None
     np.testing.assert_allclose(out, expected, atol=2e-5)
+
+
+def some_prefix(batch) -> np.ndarray:
+    """The first positions of every document, and none of the last row."""
+    return np.asarray(batch.valid & (batch.positions < 4)) & (np.arange(tiny.B) < 2)[:, None]
+
+
+def test_a_prefix_is_seen_by_all_of_its_document():
+    attention, batch = make_attention(2, "head"), tiny.batch()
+    x = jax.random.normal(jax.random.key(3), (tiny.B, tiny.S, D))
+    prefix = some_prefix(batch)
+    out, _ = nnx.jit(attention)(x, batch.positions, batch.segments, prefix=prefix)
+    expected = plain_attention(attention, x, np.asarray(batch.positions), batch.segments, prefix)
+    np.testing.assert_allclose(out, expected, atol=2e-5)
+    causal, _ = nnx.jit(attention)(x, batch.positions, batch.segments)
+    moved = np.abs(out - causal).max(axis=-1) > 1e-3
+    # All of the prefix but its last position sees more than without.
+    last = prefix & ~np.pad(prefix[:, 1:], ((0, 0), (0, 1)))
+    np.testing.assert_array_equal(moved, prefix & ~last)
 
 
 def test_rotary_scores_depend_on_distance_only():

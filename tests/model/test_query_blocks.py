@@ -43,11 +43,17 @@ def step(block, causal=True):
     """Output and gradients of one layer, as a function of its arrays."""
     graph, _ = make(block, causal)
 
-    def loss(state, x, positions, segments):
-        y, _ = nnx.merge(graph, state)(x, positions, segments)
+    def loss(state, x, positions, segments, prefix=None):
+        y, _ = nnx.merge(graph, state)(x, positions, segments, prefix=prefix)
         return (y**2).sum(), y
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+
+def with_prefix():
+    """Three positions of each document, and some of padding."""
+    x, positions, segments = inputs()
+    return x, positions, segments, np.isin(positions, (0, 1, 2, 7, 8, 9, 12))
 
 
 def same(want, got):
@@ -61,19 +67,29 @@ def test_blocks_are_the_whole(block, causal):
     same(step(None, causal)(state, *inputs()), step(block, causal)(state, *inputs()))
 
 
-@pytest.mark.parametrize("block", [None, 4, 3])
-def test_sharded_positions(block):
+@pytest.mark.parametrize("block", [4, 5])
+def test_blocks_see_the_prefix(block):
+    state = make(None)[1]
+    same(step(None)(state, *with_prefix()), step(block)(state, *with_prefix()))
+
+
+@pytest.mark.parametrize(
+    ("block", "make_inputs"),
+    [*((b, inputs) for b in (None, 4, 3)), *((b, with_prefix) for b in (None, 3))],
+)
+def test_sharded_positions(block, make_inputs):
     mesh, state = make_mesh(data=2, sequence=2, tensor=2), make(None)[1]
     shardings = parameter_shardings(state, mesh, RULES["separate"])
     spread = jax.tree.map(lambda leaf: leaf, state)
     nnx.replace_by_pure_dict(spread, jax.device_put(nnx.to_pure_dict(state), shardings))
-    arrays = jax.device_put(inputs(), NamedSharding(mesh, TOKEN_SPEC))
+    whole = make_inputs()
+    arrays = jax.device_put(whole, NamedSharding(mesh, TOKEN_SPEC))
     with jax.set_mesh(mesh):
         compiled = step(block).lower(spread, *arrays).compile()
-        same(step(None)(state, *inputs()), compiled(spread, *arrays))
-    # Keys, values and segments of a shard's rows are all that is gathered.
+        same(step(None)(state, *whole), compiled(spread, *arrays))
+    # Keys, values, segments and prefix of a shard's rows are all that is gathered.
     gathered = [line for line in compiled.as_text().splitlines() if " all-gather(" in line]
-    assert len(gathered) == 3
+    assert len(gathered) == len(whole)
     assert all(f"[{B // 2},{S}" in line.split("all-gather(")[0] for line in gathered)
 
 
