@@ -4,9 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moe.data.tokenizers import Tokenizer
 from moe.evaluation.evaluate import Evaluation, Sample
 from moe.training.workdir import write_atomically
+
+FRAMES_OF = {"patches": "image", "conv": "audio"}  # stem -> what its frames are
 
 
 def evaluation_record(
@@ -19,6 +23,7 @@ def evaluation_record(
     model: dict[str, Any],
     causality: dict[str, Any],
     speed: dict[str, float],
+    stem: str | None = None,
 ) -> dict[str, Any]:
     """The JSON object of one evaluation.
 
@@ -31,20 +36,48 @@ def evaluation_record(
         model: its size and cost, `cost_record`.
         causality: of the router, `causality_record`.
         speed: `speed/*` and `memory/*` of this evaluation.
+        stem: kind of what makes positions of frames; None for text.
+
+    Returns:
+        Among the rest, both for models of experts: `modality_load`, modality -> `[L][E]` shares of
+        its choices, where rows have text and frames; `favourites`, `[L][E]` lists of `[text of the
+        token, choices, lift]`, where the vocabulary was counted.
     """
+    tables = dict(evaluation.tables)
+    favourites = tables.pop("routing/favourites", None)
     return {
         "step": step,
         "split": split,
         "metrics": evaluation.metrics | speed,
         "domains": evaluation.domains,
         "domain_load": evaluation.domain_load,
-        "tables": evaluation.tables,
+        "modality_load": _modality_load(tables, stem),
+        "favourites": favourites and _in_words(favourites, tokenizer),
+        "tables": tables,
         "model": model,
         "causality": causality,
         "sample": None
         if evaluation.sample is None
         else _sample_record(evaluation.sample, domains, tokenizer),
     }
+
+
+def _modality_load(tables: dict[str, Any], stem: str | None) -> dict[str, Any]:
+    """By the names of `TEXT` and `FRAMES`; empty where rows are of one modality."""
+    if "routing/modalities" not in tables:
+        return {}
+    visits = np.asarray(tables["routing/modalities"], np.float64)  # [L M E]
+    total = visits.sum(axis=-1, keepdims=True)
+    share = np.divide(visits, total, out=np.zeros_like(visits), where=total > 0).round(4)
+    names = ("text", FRAMES_OF.get(stem or "", "frames"))
+    return {name: share[:, m].tolist() for m, name in enumerate(names)}
+
+
+def _in_words(favourites: list, tokenizer: Tokenizer) -> list:
+    return [
+        [[[tokenizer.token_text(token), *rest] for token, *rest in rows] for rows in layer]
+        for layer in favourites
+    ]
 
 
 def _sample_record(
