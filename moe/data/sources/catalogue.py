@@ -77,18 +77,48 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "news": Entry(
         f"{_SOURCES}.news",
-        "BbcNews",
+        "NewsTexts",
         "language",
         "articles of BBC News, 5 MB",
     ),
     "reviews": Entry(
         f"{_SOURCES}.reviews",
-        "ImdbReviewTexts",
+        "ReviewTexts",
         "language",
         "film reviews of IMDB, 33 MB",
     ),
     # Classification.
+    "imdb": Entry(
+        f"{_SOURCES}.movie_reviews",
+        "Imdb",
+        "classification",
+        "25,000 film reviews of IMDB, negative or positive",
+    ),
+    "rotten_tomatoes": Entry(
+        f"{_SOURCES}.movie_reviews",
+        "RottenTomatoes",
+        "classification",
+        "8,530 sentences of film reviews, negative or positive",
+    ),
+    "bbc": Entry(
+        f"{_SOURCES}.bbc",
+        "Bbc",
+        "classification",
+        "2,122 articles of BBC News in five sections",
+    ),
     # Pairs.
+    "definitions": Entry(
+        f"{_SOURCES}.definitions",
+        "Definitions",
+        "pairs",
+        "117,659 definitions of WordNet and their words",
+    ),
+    "name_cloze": Entry(
+        f"{_SOURCES}.name_cloze",
+        "NameCloze",
+        "pairs",
+        "20 sentences of a novel and one more with a missing name; whole novels held out",
+    ),
     "verses_en_es": Entry(
         f"{_SOURCES}.verses",
         "VersesEnEs",
@@ -123,6 +153,24 @@ CATALOGUE: dict[str, Entry] = {
         "10,000 grey pictures of handwritten digits, 28x28, 10 classes",
     ),
     # Speech.
+    "spoken_language": Entry(
+        f"{_SOURCES}.spoken_language",
+        "SpokenLanguage",
+        "classification",
+        "2,700 telephone prompts in five languages, which one is spoken",
+    ),
+    "spoken_words": Entry(
+        f"{_SOURCES}.spoken_words",
+        "SpokenWords",
+        "classification",
+        "320 recordings of 62 words: digits, letters, radio alphabet; a voice held out",
+    ),
+    "czech_speech": Entry(
+        f"{_SOURCES}.czech_speech",
+        "CzechSpeech",
+        "ctc",
+        "1,750 Czech utterances with transcripts, 100 minutes",
+    ),
     # Image and text.
     "emoji": Entry(
         f"{_SOURCES}.emoji",
@@ -131,6 +179,62 @@ CATALOGUE: dict[str, Entry] = {
         "1,934 emoji, 32x32 in colour, with names in English, German, French and Chinese",
     ),
     # Long text.
+    "listops": Entry(
+        f"{_SOURCES}.listops",
+        "Listops",
+        "classification",
+        "values of nested expressions of 20 to 80 tokens, and of up to 160",
+        "short",
+    ),
+    "listops_medium": Entry(
+        f"{_SOURCES}.listops",
+        "Listops",
+        "classification",
+        "values of nested expressions of 120 to 330 tokens, and of up to 660",
+        "medium",
+    ),
+    "listops_lra": Entry(
+        f"{_SOURCES}.listops",
+        "Listops",
+        "classification",
+        "values of nested expressions of 500 to 2,000 tokens, and of up to 4,000",
+        "lra",
+    ),
+    "needle": Entry(
+        f"{_SOURCES}.needle",
+        "Needle",
+        "pairs",
+        "a number hidden in 240 bytes of a novel, and in 2 and 4 times as many",
+        "240",
+    ),
+    "needle_496": Entry(
+        f"{_SOURCES}.needle",
+        "Needle",
+        "pairs",
+        "a number hidden in 496 bytes of a novel, and in 2 and 4 times as many",
+        "496",
+    ),
+    "needle_1008": Entry(
+        f"{_SOURCES}.needle",
+        "Needle",
+        "pairs",
+        "a number hidden in 1,008 bytes of a novel, and in 2 and 4 times as many",
+        "1008",
+    ),
+    "needle_4080": Entry(
+        f"{_SOURCES}.needle",
+        "Needle",
+        "pairs",
+        "a number hidden in 4,080 bytes of a novel, and in 2 and 4 times as many",
+        "4080",
+    ),
+    "needle_1008_of_4": Entry(
+        f"{_SOURCES}.needle",
+        "Needle",
+        "pairs",
+        "one of four numbers hidden in 1,008 bytes of a novel",
+        "1008_of_4",
+    ),
 }
 
 
