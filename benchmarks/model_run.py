@@ -9,7 +9,7 @@ import numpy as np
 
 from moe import programs, setup
 from moe.config import ConfigDict
-from moe.data.batches import TextData
+from moe.data.text import TextData
 from moe.data.store import TokenStore
 from moe.data.tokenizers import byte_tokenizer
 from moe.data.types import Batch
@@ -29,7 +29,7 @@ def random_run(config: ConfigDict, vocab_size: int | None = None) -> setup.Run:
     if vocab_size is not None:
         tokenizer = dataclasses.replace(tokenizer, vocab_size=vocab_size)
     d = config.data
-    data = TextData(tokenizer, NO_TEXT, {}, d.batch_size, d.sequence_length, config.seed)
+    data = TextData(tokenizer, {}, d.batch_size, d.sequence_length, config.seed, NO_TEXT)
     return setup.set_up(config, data=data)
 
 

@@ -47,7 +47,9 @@ def complete_config(config: ConfigDict, overrides: Sequence[tuple[str, str]] = (
         model["pattern"] = tuple(model["pattern"])
     config = ConfigDict(sections)
     config_lib.check_known_keys(
-        config, config_lib.default_config(), free=(*NAMED, "data.files", "data.weights")
+        config,
+        config_lib.default_config(),
+        free=(*NAMED, "data.files", "data.weights", "evaluation.generalisation"),
     )
     for key, text in overrides:
         section, _, last = key.partition(".")

@@ -28,7 +28,11 @@ def default_config() -> ConfigDict:
             "log_every": 10,  # steps between lines of metrics.jsonl
             "allow_noncausal": False,  # settings through which a token can see later ones
             "task": {
-                "name": "language",  # or classify: the domain of every row
+                # or classify (the label of every row; of text without labels its domain), seq2seq
+                # (source to target: a prefix language model), ctc (speech to characters), match
+                # (which pairs belong together)
+                "name": "language",
+                "prefix": "bidirectional",  # or causal: how the source of seq2seq sees itself
                 "pool": "mean",  # of a classifier: or segment, learned weights over parts of the row
                 # Of pool=segment, see moe/model/segment_pooling.py:
                 "size": "ratio",  # or fixed, learned, content
@@ -150,12 +154,23 @@ def default_config() -> ConfigDict:
                 "name": "stdlib",
                 "batch_size": 16,  # sequences of the global batch
                 "sequence_length": 256,
-                "tokenizer": "bytes",  # or bpe
-                "vocab_size": None,  # of bpe
+                "tokenizer": "bytes",  # or bpe, characters
+                "vocab_size": None,  # of bpe and characters
                 "weights": None,  # domain -> weight; None is proportional to size
                 "files": None,  # glob, or domain -> glob
                 "text_feature": "text",
                 "directory": None,  # of prepared data; None is TFDS's default
+                # Of tasks that read examples, see moe/data/example_data.py:
+                "input_feature": None,  # None: the task's usual one
+                "target_feature": None,
+                "label_feature": "label",
+                "patch": 4,  # side of the patches of a picture, pixels
+                "stride": None,  # between patches; None: patch
+                "sample_rate": None,  # of sound, a second; None: that of the data set
+                "mels": 40,  # bands of log-mel frames
+                "too_long": "truncate",  # or skip, error: examples that a row does not hold
+                "skip_bad": 0,  # bad records that may be left out of a split
+                "corrupt": None,  # kind:severity of inputs, moe/data/corrupt.py
             },
             "optimizer": {
                 "learning_rate": 3e-3,
@@ -186,6 +201,15 @@ def default_config() -> ConfigDict:
                 "every": 100,
                 "batches": None,  # None: the whole split
                 "passes": 1,  # draws of routers that sample in evaluation, averaged
+                "primary": None,  # metric that is reported first; None: the task's usual one
+                "decode": "none",  # or greedy, beam, sample: what seq2seq writes is scored too
+                "decode_length": 64,  # new tokens at most
+                "decode_examples": None,  # at most; None: the whole split
+                "beam": 4,
+                "length_penalty": 0.6,  # of beam
+                "train_gap": 8,  # batches of train that eval.py compares with; 0: none
+                # name -> overrides of `data`, and `split`: other data that eval.py reports on
+                "generalisation": {},
             },
             # Of routers with a prior over experts; moe/training/prior_update.py.
             "prior": {
@@ -296,7 +320,14 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
     "data.weights": (dict,),
     "data.files": (str, dict),
     "data.directory": (str,),
+    "data.input_feature": (str,),
+    "data.target_feature": (str,),
+    "data.stride": (int,),
+    "data.sample_rate": (int,),
+    "data.corrupt": (str,),
     "evaluation.batches": (int,),
+    "evaluation.primary": (str,),
+    "evaluation.decode_examples": (int,),
 }
 
 

@@ -29,13 +29,14 @@ def check_numbers(config: ConfigDict) -> None:
     d = config.dispatch
     require(
         config.allow_noncausal
-        or config.task.name != "language"
+        or config.task.name not in CAUSAL_TASKS
         or d.name not in ("capacity", "einsum")
         or d.priority == "token_major",
         f"dispatch.priority={d.priority!r} does not seat tokens in their order, so a later token can push "
         "out an earlier one: a causal model would see its future. Use 'token_major', or set "
         "allow_noncausal=True and mistrust the loss.",
     )
+    _check_tasks(config)
     require(m.head_dim % 2 == 0, f"model.head_dim={m.head_dim} must be even for rotary positions.")
     accumulation = config.optimizer.accumulation
     require(
@@ -45,16 +46,44 @@ def check_numbers(config: ConfigDict) -> None:
     )
 
 
+def _check_tasks(config: ConfigDict) -> None:
+    """What one task alone can do."""
+    name, accumulation = config.task.name, config.optimizer.accumulation
+    require(
+        name != "match" or accumulation == 1,
+        f"optimizer.accumulation={accumulation} with task.name='match': each pair is told from all other "
+        "pairs of the batch, so microbatches would be another, easier task. Set optimizer.accumulation=1.",
+    )
+    require(
+        name != "match" or config.losses.consistency == 0,
+        f"losses.consistency={config.losses.consistency} with task.name='match', which predicts no "
+        "distribution of its own for a row. Set losses.consistency=0.",
+    )
+    passes = config.evaluation.passes
+    require(
+        name != "match" or passes == 1,
+        f"evaluation.passes={passes} with task.name='match': its vectors are not averaged over draws. "
+        "Set evaluation.passes=1.",
+    )
+    require(
+        name == "seq2seq" or config.evaluation.decode == "none",
+        f"evaluation.decode={config.evaluation.decode!r} with task.name={name!r}: only seq2seq writes "
+        "targets. Set evaluation.decode='none'.",
+    )
+
+
+CAUSAL_TASKS = ("language", "seq2seq")  # whose tokens must not see later ones
 POSITIVE = (
     "steps log_every model.num_layers model.width model.heads model.kv_heads model.head_dim model.mlp_width "
     "model.expert_width model.num_experts router.k data.batch_size data.sequence_length "
     "optimizer.accumulation checkpoint.every checkpoint.keep_latest evaluation.every evaluation.passes "
     "model.conv_kernel model.rope_base model.norm_eps optimizer.clip_norm optimizer.eps prior.batches "
-    "dispatch.capacity_multiple dispatch.chunks"
+    "dispatch.capacity_multiple dispatch.chunks data.patch data.mels evaluation.decode_length "
+    "evaluation.beam"
 ).split()
 POSITIVE_OR_NONE = (
     "model.logit_softcap dispatch.capacity_factor dispatch.eval_capacity_factor evaluation.batches "
-    "dispatch.group dispatch.buffer_factor"
+    "dispatch.group dispatch.buffer_factor data.stride data.sample_rate evaluation.decode_examples"
 ).split()
 BELOW_ONE = "model.dropout optimizer.b1 optimizer.b2 prior.floor".split()
 NOT_NEGATIVE = (
@@ -62,7 +91,8 @@ NOT_NEGATIVE = (
     "model.conv_experts model.zero_experts model.copy_experts model.constant_experts "
     "optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay checkpoint.keep_best "
     "optimizer.final_fraction optimizer.decay_fraction"
-    " model.dropout optimizer.b1 optimizer.b2 prior.every prior.rate prior.floor"
+    " model.dropout optimizer.b1 optimizer.b2 prior.every prior.rate prior.floor data.skip_bad"
+    " evaluation.train_gap evaluation.length_penalty"
 ).split()
 # Kinds of layers: double has two sparse parts in a row; only some tokens go through those of depth.
 BLOCKS = ("dense", "sparse", "double", "depth", "depth_sparse")
@@ -71,13 +101,16 @@ ONE_OF = {
     "model.qk_norm": ("none", "head", "full"),
     "model.remat": ("none", "full", "dots"),
     "model.dtype": ("float32", "bfloat16"),
-    "task.name": ("language", "classify"),
+    "task.name": ("language", "classify", "seq2seq", "ctc", "match"),
+    "task.prefix": ("bidirectional", "causal"),
     "losses.balance_scope": ("sequence", "microbatch", "global"),
     "losses.balance_counts": ("all", "first"),
     "dispatch.name": ("grouped", "capacity", "einsum", "reference"),
     "dispatch.priority": ("token_major", "choice_major", "gate", "batch", "ntlb"),
     "dispatch.exchange": ("auto", "all_to_all", "ragged", "all_gather"),
-    "data.tokenizer": ("bytes", "bpe"),
+    "data.tokenizer": ("bytes", "bpe", "characters"),
+    "data.too_long": ("truncate", "skip", "error"),
+    "evaluation.decode": ("none", "greedy", "beam", "sample"),
     "prior.reward": ("ablation",),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
     "optimizer.moment_dtype": ("float32", "bfloat16"),

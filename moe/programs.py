@@ -10,9 +10,10 @@ import numpy as np
 
 from moe import setup
 from moe.data.router_valid import ROUTER_VALID
+from moe.data.types import Batch
 from moe.evaluation.causality import has_causal_gap
 from moe.evaluation.evaluate import EvalStep, make_eval_step
-from moe.parallel.feed import batch_shardings, process_block, to_device
+from moe.parallel.feed import process_block, to_device
 from moe.routing.loss_table import LOSSES, active_losses
 from moe.routing.router import pick_options
 from moe.routing.table import ROUTERS
@@ -84,7 +85,7 @@ def jit_train_step(run: setup.Run):
     return jax.jit(
         partial(train_step, plan),
         donate_argnums=0,
-        in_shardings=(run.shardings, batch_shardings(run.mesh), everywhere, everywhere),
+        in_shardings=(run.shardings, _batch(run), everywhere, everywhere),
         out_shardings=(run.shardings, everywhere),
     )
 
@@ -99,7 +100,7 @@ def jit_eval_step(run: setup.Run):
         run.token_bytes,
         len(run.data.domains),
         passes=run.config.evaluation.passes,
-        vocabulary=not spec.classes and cells <= VOCABULARY_CELLS,
+        vocabulary=spec.causal and cells <= VOCABULARY_CELLS,
         causal_gap=has_causal_gap(spec),
     )
     return _jit_of_model(run, step)
@@ -111,9 +112,14 @@ def _jit_of_model(run: setup.Run, step: Callable):
     model = (run.shardings.params, run.shardings.router)
     return jax.jit(
         step,
-        in_shardings=(*model, batch_shardings(run.mesh), everywhere),
+        in_shardings=(*model, _batch(run), everywhere),
         out_shardings=everywhere,
     )
+
+
+def _batch(run: setup.Run) -> Batch:
+    """Where the arrays of a batch of this run's data lie."""
+    return jax.tree.map(lambda shape: shape.sharding, setup.abstract_batch(run))
 
 
 def hyper(run: setup.Run) -> Hyper:

@@ -15,7 +15,10 @@ import optax
 
 from moe.axes import BATCH_AXES, SEQUENCE
 from moe.config import ConfigDict, require
-from moe.data.batches import TextData, make_data
+from moe.config_rules import CAUSAL_TASKS
+from moe.data.batches import RowData
+from moe.data.example_data import ExampleData
+from moe.data.open import make_data
 from moe.data.tokenizers import Tokenizer
 from moe.data.types import Batch
 from moe.dispatch.table import check as check_experts
@@ -27,7 +30,7 @@ from moe.evaluation.evaluate import EvalStep, Evaluation, evaluate
 from moe.evaluation.record import evaluation_record
 from moe.model.build import ModelSize, model_spec
 from moe.model.build_dispatch import build_dispatch
-from moe.model.spec import KINDS, ModelSpec
+from moe.model.spec import KINDS, ModelSpec, Stem
 from moe.parallel.feed import batch_shapes, process_block, to_device
 from moe.parallel.mesh import batch_shards, make_mesh
 from moe.parallel.rules import Rules, find_rules
@@ -51,7 +54,7 @@ class Run(NamedTuple):
 
     config: ConfigDict
     mesh: Mesh
-    data: TextData | Any  # None where a run is only planned
+    data: RowData | Any  # None where a run is only planned
     spec: ModelSpec
     skeleton: Skeleton
     transformation: optax.GradientTransformation
@@ -69,7 +72,7 @@ def set_up(
     tokenizer: Tokenizer | None = None,
     *,
     training: bool = True,
-    data: TextData | None = None,
+    data: RowData | None = None,
 ) -> Run:
     """Checks the config against the devices and the data; nothing compiles, nothing is written.
 
@@ -87,7 +90,7 @@ def set_up(
     check_layout(config, mesh, training=training)
     if data is None:
         carved = config.prior.every > 0
-        data = make_data(config.data, seed=config.seed, tokenizer=tokenizer, router_valid=carved)
+        data = open_data(config, tokenizer, router_valid=carved)
         _check_same_data(data.fingerprint)
     return assemble(
         config,
@@ -95,10 +98,35 @@ def set_up(
         vocab_size=data.tokenizer.vocab_size,
         token_bytes=data.tokenizer.token_bytes,
         token_counts=_token_counts(config, data),
-        classes=len(data.domains) if config.task.name == "classify" else 0,
+        classes=len(data.classes) if config.task.name == "classify" else 0,
+        stem=_stem(data),
+        blank=data.tokenizer.boundary if config.task.name == "ctc" else None,
         data=data,
         training=training,
     )
+
+
+def open_data(
+    config: ConfigDict, tokenizer: Tokenizer | None = None, *, router_valid: bool = False
+) -> RowData:
+    """The data that a config describes, for its task; arguments as for `make_data`."""
+    return make_data(
+        config.data,
+        seed=config.seed,
+        task=config.task.name,
+        prefix=config.task.prefix == "bidirectional",
+        tokenizer=tokenizer,
+        router_valid=router_valid,
+    )
+
+
+def _stem(data: RowData) -> Stem | None:
+    """What reads the frames of the data; None for text."""
+    shape = data.frame_shape if isinstance(data, ExampleData) else None
+    if shape is None:
+        return None
+    assert isinstance(data, ExampleData)
+    return Stem("conv" if data.store.fields.kind == "audio" else "patches", *shape)
 
 
 def mesh_of(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -119,7 +147,7 @@ def check_layout(config: ConfigDict, mesh: Mesh, *, training: bool = True) -> No
     model_spec(config, vocab_size=1, training=training)
     if any(KINDS[kind] for kind in config.model.pattern):
         check_experts(config.model.num_experts, mesh, find_rules(config.mesh.rules).expert_axes)
-        if not config.allow_noncausal and config.task.name == "language":
+        if not config.allow_noncausal and config.task.name in CAUSAL_TASKS:
             check_causal(config.router.name)
     if training:
         _check_prior(config)
@@ -133,7 +161,9 @@ def assemble(
     token_bytes: ArrayLike | None = None,
     token_counts: np.ndarray | None = None,
     classes: int = 0,
-    data: TextData | None = None,
+    stem: Stem | None = None,
+    blank: int | None = None,
+    data: RowData | None = None,
     training: bool = True,
 ) -> Run:
     """The run of a checked config; nothing of the model is allocated.
@@ -145,10 +175,14 @@ def assemble(
         token_bytes: `[V]` bytes that each id stands for; None: one.
         token_counts: `[V]` how often each id occurs, for balanced hash tables.
         classes: of a classifier of rows.
+        stem: what reads frames; None where rows are text.
+        blank: the id that CTC reads as nothing; None for other tasks.
         data: where batches come from; None where none are read.
         training: whether to refuse what only training cannot do.
     """
-    spec = model_spec(config, vocab_size, token_counts, classes=classes, training=training)
+    spec = model_spec(
+        config, vocab_size, token_counts, classes=classes, stem=stem, training=training
+    )._replace(blank=blank)
     skeleton = make_skeleton(spec)
     o = config.optimizer
     transformation = optimizer_lib.adam(b1=o.b1, b2=o.b2, eps=o.eps, moment_dtype=o.moment_dtype)
@@ -219,11 +253,11 @@ def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
     )
 
 
-def _token_counts(config: ConfigDict, data: TextData) -> np.ndarray | None:
+def _token_counts(config: ConfigDict, data: RowData) -> np.ndarray | None:
     """How often each id occurs in the training text, where a hash table wants to know."""
     if config.router.get("kind") != "balanced":
         return None
-    return np.bincount(data.store.splits["train"].ids, minlength=data.tokenizer.vocab_size)
+    return data.token_counts()
 
 
 def dispatch_for(run: Run, *, training: bool) -> Dispatch:
@@ -233,7 +267,9 @@ def dispatch_for(run: Run, *, training: bool) -> Dispatch:
 
 def abstract_batch(run: Run) -> Batch:
     """Shapes, dtypes and shardings of the batch that the config describes."""
-    return batch_shapes(run.mesh, run.config.data.batch_size, run.config.data.sequence_length)
+    data = run.config.data
+    like = None if run.data is None else run.data.like()
+    return batch_shapes(run.mesh, data.batch_size, data.sequence_length, like)
 
 
 def root_key(seed: int, purpose: int) -> Any:
@@ -300,5 +336,6 @@ def evaluate_split(
         model=cost_record(run.spec, run.skeleton, size, evaluation.visits, length),
         causality=causality_record(run.spec),
         speed=speed,
+        stem=None if run.spec.stem is None else run.spec.stem.kind,
     )
     return record, evaluation

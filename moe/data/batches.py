@@ -1,4 +1,4 @@
-"""From the config's `data` section to batches: mixing, shuffling, sharding by process, resuming.
+"""From rows to batches: mixing, shuffling, sharding by process, resuming.
 
 A global batch is the same rows whatever the number of processes; process p of n takes the p-th of
 n equal blocks of it. The place in the data is the number of global batches consumed.
@@ -7,19 +7,13 @@ n equal blocks of it. The place in the data is the number of global batches cons
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import math
-import os
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
 
-from moe.config import ConfigDict, nearest
-from moe.data.pack import PackedRows, Row, padding_row
-from moe.data.router_valid import carve
-from moe.data.sources import open_source
-from moe.data.sources.types import Request
-from moe.data.store import Count, TokenStore, cached_tokenizer, document_keys, open_tokens
+from moe.config import nearest
+from moe.data.pack import Row, padding_row
 from moe.data.tokenizers import Tokenizer
 from moe.data.types import Batch
 from moe.errors import CheckpointError, ConfigError, DataError
@@ -29,117 +23,55 @@ _ENDLESS = 1 << 53  # rows; grain computes the number of batches in floating poi
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)  # the buffer counts batches
 
 
-def make_data(
-    section: ConfigDict,
-    *,
-    seed: int,
-    tokenizer: Tokenizer | None = None,
-    router_valid: bool = False,
-) -> "TextData":
-    """Opens what the config's `data` section describes: its keys are the arguments of `text_data`.
+@runtime_checkable
+class Rows(Protocol):
+    """Rows by random access."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def __getitem__(self, index: int) -> Row:
+        """The row of that number."""
+        ...
+
+
+def mixing_weights(
+    weights: Mapping[str, int | float] | None, sizes: Mapping[str, int]
+) -> dict[str, float]:
+    """Returns the weights of the domains to train on: positive, summing to 1.
 
     Args:
-        section: `config.data`.
-        seed: of the order of documents and rows in training.
-        tokenizer: the one saved with a run; None makes the one that the section describes.
-        router_valid: whether to carve the split `router_valid` from train.
-    """
-    values = section.to_dict()
-    return text_data(**values, seed=seed, saved_tokenizer=tokenizer, router_valid=router_valid)
-
-
-def text_data(
-    *,
-    name: str,
-    batch_size: int,
-    sequence_length: int,
-    seed: int,
-    tokenizer: str = "bytes",
-    vocab_size: int | None = None,
-    weights: Mapping[str, int | float] | None = None,
-    files: str | Mapping[str, str] | None = None,
-    text_feature: str = "text",
-    directory: str | None = None,
-    saved_tokenizer: Tokenizer | None = None,
-    router_valid: bool = False,
-) -> "TextData":
-    """Opens, tokenises and packs a text corpus.
-
-    Args:
-        name: `stdlib`, `files`, or `tfds:NAME`.
-        batch_size: sequences of the global batch.
-        sequence_length: tokens of a row.
-        seed: of the order of documents and rows in training.
-        tokenizer: `bytes` or `bpe`.
-        vocab_size: of `bpe`; `bytes` has its own.
-        weights: domain to weight in training; a domain left out is not trained on. None: by size.
-        files: glob, or domain to glob, for `files`.
-        text_feature: for `tfds`.
-        directory: of prepared data and token files; None is TFDS's default.
-        saved_tokenizer: overrides `tokenizer` and `vocab_size`.
-        router_valid: carves the split `router_valid` from train; see `moe.data.router_valid`.
+        weights: `data.weights`; None is by size.
+        sizes: of each domain in train, tokens or examples.
 
     Raises:
-        ConfigError: an unknown name, or numbers that cannot work.
-        DataError: data that is missing, unreadable, empty or too small.
+        ConfigError: an unknown domain, or weights that are none.
+        DataError: a weight for a domain without training data.
     """
-    for key, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
-        if value < 1:
-            raise ConfigError(f"data.{key}={value} must be greater than 0.")
-    root = data_directory(directory)
-    kind, _, dataset = name.partition(":")
-    source = open_source(kind, Request(dataset, root, files, text_feature))
-    made = saved_tokenizer or cached_tokenizer(source, root, tokenizer, vocab_size)
-    store = open_tokens(source, root, made)
-    if router_valid:
-        store = carve(store, document_keys(source, root), made.token_bytes)
-    mix = _mixing_weights(weights, store)
-    data = TextData(made, store, mix, batch_size, sequence_length, seed)
-    rows = data.num_rows("train")
-    if rows < batch_size:
-        raise DataError(
-            f"Training on {name!r} needs at least data.batch_size={batch_size} rows of "
-            f"data.sequence_length={sequence_length} tokens, and has {rows}: give more text, or "
-            "lower data.batch_size or data.sequence_length."
-        )
-    return data
-
-
-def data_directory(directory: str | None) -> Path:
-    """Returns `data.directory`, or TFDS's default: `TFDS_DATA_DIR` or ~/tensorflow_datasets."""
-    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    return Path(directory or default).expanduser()
-
-
-def _mixing_weights(
-    weights: Mapping[str, int | float] | None, store: TokenStore
-) -> dict[str, float]:
-    """Returns the weights of the domains to train on: positive, summing to 1."""
-    tokens = {name: count.tokens for name, count in store.counts["train"].items()}
     if weights is None:
-        weights = {name: float(n) for name, n in tokens.items()}
+        weights = {name: float(n) for name, n in sizes.items()}
     for name, weight in weights.items():
-        if name not in tokens:
+        if name not in sizes:
             raise ConfigError(
                 f"data.weights names the domain {name!r}, which the data lacks; "
-                f"{nearest(name, tokens)}."
+                f"{nearest(name, sizes)}."
             )
         if not (math.isfinite(weight) and weight >= 0):
             raise ConfigError(f"data.weights.{name}={weight} must be a number of at least 0.")
-        if weight > 0 and tokens[name] == 0:
+        if weight > 0 and sizes[name] == 0:
             raise DataError(f"data.weights.{name}={weight}, but train has no text of {name!r}.")
     total = sum(weights.values())
     if not total > 0:
         raise ConfigError(f"data.weights={weights} must have a sum greater than 0.")
-    return {name: weights[name] / total for name in store.domains if weights.get(name, 0) > 0}
+    return {name: weights[name] / total for name in sizes if weights.get(name, 0) > 0}
 
 
 @dataclasses.dataclass(frozen=True)
-class TextData:
-    """A tokenised corpus, ready to be read. Make it with `make_data`."""
+class RowData:
+    """A data set, ready to be read. Make it with `moe.data.open.make_data`."""
 
     tokenizer: Tokenizer
-    store: TokenStore = dataclasses.field(repr=False)
     weights: dict[str, float]  # of the domains trained on
     batch_size: int  # of the global batch
     sequence_length: int
@@ -148,25 +80,42 @@ class TextData:
     @property
     def domains(self) -> tuple[str, ...]:
         """Names of the domains; `Batch.domain` indexes them."""
-        return self.store.domains
+        raise NotImplementedError
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes; the label of packed text is its domain."""
+        return self.domains
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
+        raise NotImplementedError
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all tokens of all splits and of the tokenizer."""
-        return self.store.fingerprint
+        """Hash of everything that is read, and of the tokenizer."""
+        raise NotImplementedError
 
-    @property
-    def counts(self) -> dict[str, dict[str, Count]]:
-        """Documents, tokens and bytes by split and domain."""
-        return self.store.counts
+    def rows(self, split: str) -> Sequence[Rows]:
+        """The rows of each domain: in training only those with a weight, in an order of the seed."""
+        raise NotImplementedError
+
+    def token_counts(self) -> np.ndarray:
+        """How often each id occurs in train, `[V]`."""
+        raise NotImplementedError
 
     def num_rows(self, split: str) -> int:
         """Rows of one epoch of the split, over the domains that are read there."""
-        return sum(map(len, self._rows(split)))
+        return sum(map(len, self.rows(split)))
 
     def num_batches(self, split: str) -> int:
         """Global batches that `eval_batches` yields."""
         return -(-self.num_rows(split) // self.batch_size)
+
+    def like(self) -> Batch:
+        """A batch of one row, for the shapes of all others."""
+        return _stack([next(rows for rows in self.rows("train") if len(rows))[0]])
 
     def train_batches(
         self,
@@ -209,25 +158,28 @@ class TextData:
         return _stack([block[row] for row in range(first, first + own)])
 
     def _eval_block(self, split: str, process_index: int, process_count: int) -> "_Block":
-        rows = _EvalRows(self._rows(split), self.num_batches(split) * self.batch_size)
+        rows = _EvalRows(self.rows(split), self.num_batches(split) * self.batch_size)
         return _blocks(rows, len(rows), self.batch_size, process_index, process_count)
 
-    def _rows(self, split: str) -> list[PackedRows]:
-        """Returns the rows of each domain: in training only those with a weight, shuffled."""
-        if split not in self.store.splits:
-            raise ConfigError(f"There is no split {split!r}; {nearest(split, self.store.splits)}.")
-        train = split == "train"
-        return [
-            PackedRows(tokens, m, self.sequence_length, self.seed if train else None)
-            for tokens in [self.store.splits[split]]
-            for m, name in enumerate(self.domains)
-            if name in self.weights or not train
-        ]
+    def check_split(self, split: str) -> None:
+        """Raises ConfigError for a split that the data lacks."""
+        if split not in self.splits:
+            raise ConfigError(f"There is no split {split!r}; {nearest(split, self.splits)}.")
+
+    def check_size(self, name: str) -> None:
+        """Raises DataError where training has not one batch of rows."""
+        rows = self.num_rows("train")
+        if rows < self.batch_size:
+            raise DataError(
+                f"Training on {name!r} needs at least data.batch_size={self.batch_size} rows of "
+                f"data.sequence_length={self.sequence_length} tokens, and has {rows}: give more "
+                "text, or lower data.batch_size or data.sequence_length."
+            )
 
     def _mixed(self) -> grain.MapDataset:
         """Returns the endless stream of training rows; each domain is shuffled anew each epoch."""
         parts = []
-        for rows in self._rows("train"):
+        for rows in self.rows("train"):
             seed = np.random.SeedSequence([self.seed, len(parts)]).generate_state(1)[0]
             parts.append(grain.MapDataset.source(rows).shuffle(int(seed)).repeat())
         if len(parts) == 1:
@@ -288,7 +240,7 @@ class TrainBatches:
 class _EvalRows:
     """The rows of all domains in one fixed shuffled order, then padding up to `length`."""
 
-    def __init__(self, parts: Sequence[PackedRows], length: int):
+    def __init__(self, parts: Sequence[Rows], length: int):
         self._parts = parts
         self._ends = np.cumsum([len(part) for part in parts])
         self._order = np.random.RandomState(_EVAL_ORDER).permutation(self._ends[-1])
@@ -299,7 +251,7 @@ class _EvalRows:
 
     def __getitem__(self, index: int) -> Row:
         if index >= len(self._order):
-            return padding_row(self._parts[0].length)
+            return padding_row(next(part for part in self._parts if len(part))[0])
         row = int(self._order[index])
         part = int(np.searchsorted(self._ends, row, side="right"))
         return self._parts[part][row - int(self._ends[part]) + len(self._parts[part])]
@@ -341,4 +293,5 @@ def _read(rows: _Block, batch_size: int) -> grain.IterDataset:
 
 
 def _stack(rows: Sequence[Row]) -> Batch:
-    return Batch(*(np.stack(field) for field in zip(*rows, strict=True)))
+    fields = zip(*rows, strict=True)
+    return Batch(*(None if field[0] is None else np.stack(field) for field in fields))

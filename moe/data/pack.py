@@ -4,9 +4,9 @@ Each row is computed from the documents' lengths alone when it is asked for, so 
 the data is one integer, and every target of a split is predicted exactly once.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 import numpy as np
 
 from moe.data.store import TokenSplit
@@ -21,6 +21,12 @@ class Row(NamedTuple):
     positions: Int[np.ndarray, " S"]
     valid: Bool[np.ndarray, " S"]
     domain: np.int32
+    scored: Bool[np.ndarray, " S"] | None = None
+    prefix: Bool[np.ndarray, " S"] | None = None
+    modality: Int[np.ndarray, " S"] | None = None
+    frames: Float[np.ndarray, "N F"] | None = None
+    label: np.int32 | None = None
+    index: np.int32 | None = None
 
 
 class PackedRows:
@@ -78,7 +84,16 @@ class PackedRows:
         return out
 
 
-def padding_row(length: int) -> Row:
-    """Returns a row of padding only, of domain 0: it fills the last batch of an evaluation."""
-    zeros = np.zeros(length, np.int32)
-    return Row(zeros, zeros, zeros, zeros, np.zeros(length, np.bool_), np.int32(0))
+def padding_row(like: Row) -> Row:
+    """Returns a row of padding only, of domain 0: it fills the last batch of an evaluation.
+
+    Args:
+        like: any row of the data.
+    """
+    blank: dict[str, Any] = {
+        name: None if value is None else np.zeros_like(value)
+        for name, value in like._asdict().items()
+    }
+    if like.index is not None:
+        blank["index"] = np.int32(-1)
+    return Row(**blank)

@@ -6,24 +6,21 @@ element. Files are written to a temporary directory and renamed, so that a direc
 whole, whoever else was writing it.
 """
 
-from collections.abc import Generator, Iterator
-import contextlib
+from collections.abc import Iterator
 import hashlib
 import json
 from pathlib import Path
-import shutil
-import tempfile
 from typing import NamedTuple
 import zlib
 
 from jaxtyping import Int, Shaped
 import numpy as np
 
+from moe.data.cache import cache_key, directory_in_one_go
 from moe.data.sources.types import SPLITS, Document, Source
 from moe.data.tokenizers import Tokenizer, from_json, make_tokenizer
 from moe.errors import DataError
 
-_VERSION = 1  # of the layout of the files
 _CHUNK = 1 << 20  # characters tokenised at once
 _META = "meta.json"
 
@@ -60,10 +57,10 @@ def cached_tokenizer(
     texts = (document.text for document in source.documents("train"))
     if kind != "bpe":
         return make_tokenizer(kind, vocab_size, texts)
-    path = directory / "tokens" / _digest(source.identity, kind, vocab_size) / "tokenizer.json"
+    path = directory / "tokens" / cache_key(source.identity, kind, vocab_size) / "tokenizer.json"
     if not path.is_file():
         tokenizer = make_tokenizer(kind, vocab_size, texts)
-        with _directory_in_one_go(path.parent) as temporary:
+        with directory_in_one_go(path.parent) as temporary:
             (temporary / path.name).write_text(tokenizer.to_json(), encoding="utf-8")
     return from_json(path.read_text(encoding="utf-8"))
 
@@ -80,9 +77,9 @@ def open_tokens(source: Source, directory: Path, tokenizer: Tokenizer) -> TokenS
         DataError: a split without text, unreadable text, a directory that cannot be written, or
             token files that are damaged.
     """
-    path = directory / "tokens" / _digest(source.identity, tokenizer.to_json())
+    path = directory / "tokens" / cache_key(source.identity, tokenizer.to_json())
     if not path.is_dir():
-        with _directory_in_one_go(path) as temporary:
+        with directory_in_one_go(path) as temporary:
             _write(source, tokenizer, temporary)
     return _open(path)
 
@@ -92,49 +89,13 @@ def document_keys(source: Source, directory: Path) -> Shaped[np.ndarray, " n"]:
 
     Read from the source once, then from `tokens/<key>/` below the data directory.
     """
-    path = directory / "tokens" / _digest(source.identity, "keys") / "train.key.npy"
+    path = directory / "tokens" / cache_key(source.identity, "keys") / "train.key.npy"
     if not path.is_file():
         documents = (document for document in source.documents("train") if document.text)
         keys = [zlib.crc32((d.key or d.text).encode("utf-8", "surrogateescape")) for d in documents]
-        with _directory_in_one_go(path.parent) as temporary:
+        with directory_in_one_go(path.parent) as temporary:
             np.save(temporary / path.name, np.array(keys, np.uint32))
     return np.load(path)
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(json.dumps([_VERSION, *parts]).encode()).hexdigest()[:32]
-
-
-@contextlib.contextmanager
-def _directory_in_one_go(path: Path) -> Generator[Path]:
-    """Gives a temporary directory that becomes `path` at the end, or nothing if the body fails."""
-    new = [parent for parent in path.parents if not parent.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=path.parent))
-    except OSError as error:
-        raise DataError(
-            f"Cannot write tokens to {path.parent}: {error.strerror or error}. Set data.directory "
-            "to a directory that can be written."
-        ) from error
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp's is for its owner alone; the cache may be shared
-        _rename_unless_there(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for parent in new:
-            with contextlib.suppress(OSError):  # not empty: something was written
-                parent.rmdir()
-
-
-def _rename_unless_there(temporary: Path, path: Path) -> None:
-    """Renames a directory; another process that was faster has written the same, and wins."""
-    try:
-        temporary.rename(path)
-    except OSError:
-        if not path.is_dir():
-            raise
 
 
 def _write(source: Source, tokenizer: Tokenizer, path: Path) -> None:

@@ -12,8 +12,9 @@ import numpy as np
 
 from moe.data.types import Batch
 from moe.dispatch.types import Dispatch
-from moe.evaluation import routing_sums
+from moe.evaluation import examples, routing_sums
 from moe.evaluation.compare import Comparison, causal_metrics, comparison
+from moe.evaluation.examples import Examples
 from moe.evaluation.kept_choices import kept_rows
 from moe.evaluation.parameter_similarity import similarity_metrics, sparse_layers
 from moe.evaluation.routing_paths import prior_entropy
@@ -54,11 +55,18 @@ class Evaluation(NamedTuple):
     tables: dict[str, Any] = {}  # noqa: RUF012 - `routing/<name>`, see `routing_sums.summarize`
     choices: Int[np.ndarray, "L R S K"] | None = None  # of the first rows; None for a dense model
     visits: Float[np.ndarray, "L E"] | None = None  # kept choices for each token of the text
+    examples: Examples | None = None  # every row
 
 
-EvalStep = Callable[
-    [Any, Any, Batch, Key[Array, ""]], tuple[EvalSums, Int[Array, "L R S K"] | None]
-]
+class Evaluated(NamedTuple):
+    """What one batch gives."""
+
+    sums: EvalSums
+    examples: Examples
+    experts: Int[Array, "L R S K"] | None  # of the first rows; None for a dense model
+
+
+EvalStep = Callable[[Any, Any, Batch, Key[Array, ""]], Evaluated]
 
 
 def make_eval_step(
@@ -71,7 +79,7 @@ def make_eval_step(
     vocabulary: bool = False,
     causal_gap: bool = False,
 ) -> EvalStep:
-    """Builds `(params, router state, batch, key) -> (sums, experts of the first rows)`; jit it.
+    """Builds `(params, router state, batch, key) -> Evaluated`; jit it.
 
     `key` is used by routers that draw their choices; no other noise is on in evaluation.
 
@@ -91,16 +99,15 @@ def make_eval_step(
         call = Call(batch.tokens, batch.valid, dispatch, **how)
         return forward(skeleton, params, router, batch, call, token_bytes, passes)
 
-    def step(
-        params: Any, router: Any, batch: Batch, key: Key[Array, ""]
-    ) -> tuple[EvalSums, Int[Array, "L R S K"] | None]:
+    def step(params: Any, router: Any, batch: Batch, key: Key[Array, ""]) -> Evaluated:
         done = run(params, router, batch, key=key)
         report = done.reports
         member = jax.nn.one_hot(batch.domain, domains)  # [B M]
         by_domain = RowSums(*(jnp.einsum("b,bm->m", x, member) for x in done.rows))
         terms = {name: jnp.where(batch.valid, v, 0.0).sum() for name, v in done.terms.items()}
         if report is None:
-            return EvalSums(by_domain, None, None, None, None, terms, batch.valid.sum()), None
+            sums = EvalSums(by_domain, None, None, None, None, terms, batch.valid.sum())
+            return Evaluated(sums, _examples(done, batch), None)
         requested = jnp.einsum("lbe,bm->lme", report.row_requested, member)
         logits = done.logits if vocabulary else None
         routing = routing_sums.routing_sums(report, batch, member, key, logits)
@@ -109,9 +116,27 @@ def make_eval_step(
             causal = comparison(done, run(params, router, batch, key=key, training=True))
         totals = metrics.totals(report)
         sums = EvalSums(by_domain, totals, requested, routing, causal, terms, batch.valid.sum())
-        return sums, report.expert[:, : kept_rows(*batch.tokens.shape)]
+        experts = report.expert[:, : kept_rows(*batch.tokens.shape)]
+        return Evaluated(sums, _examples(done, batch), experts)
 
     return step
+
+
+def _examples(done: Forward, batch: Batch) -> Examples:
+    """What is kept of every row: few numbers, but for the path of a row that is aligned."""
+    rows, logits = done.rows, done.logits
+    index = jnp.zeros_like(batch.domain) if batch.index is None else batch.index
+    found = Examples(index, batch.domain, rows.nll, rows.correct, rows.tokens, rows.bytes)
+    if done.pair is not None:
+        return found._replace(embedding=done.pair)
+    assert logits is not None
+    if logits.ndim == 2:
+        label = batch.domain if batch.label is None else batch.label
+        return found._replace(label=label, prediction=logits.argmax(axis=-1).astype(jnp.int32))
+    if batch.frames is not None and batch.prefix is None and batch.scored is not None:
+        path = logits.argmax(axis=-1).astype(jnp.int32)
+        return found._replace(prediction=path, valid=batch.valid)
+    return found
 
 
 def evaluate(
@@ -140,10 +165,11 @@ def evaluate(
     Returns:
         Cross-entropy in nats a token and the rest, over all domains and for each.
     """
-    sums, sample, choices = None, None, None
+    sums, sample, choices, rows = None, None, None, []
     for index, local in enumerate(itertools.islice(batches, limit)):
-        done, experts = eval_step(params, router, to_device(local), jax.random.fold_in(key, index))
-        done = _to_host(done)
+        found = eval_step(params, router, to_device(local), jax.random.fold_in(key, index))
+        done, experts = _to_host(found.sums), found.experts
+        rows.append(examples.collect(found.examples))
         sums = done if sums is None else _add(sums, done)
         if choices is None and experts is not None:
             choices = np.asarray(experts)
@@ -151,7 +177,12 @@ def evaluate(
     assert sums is not None
     found = summarize(sums, domains)
     numbers = similarity_metrics(params) | prior_metrics(router)
-    return found._replace(metrics=found.metrics | numbers, sample=sample, choices=choices)
+    return found._replace(
+        metrics=found.metrics | numbers,
+        sample=sample,
+        choices=choices,
+        examples=examples.join(rows),
+    )
 
 
 def prior_metrics(router: Any) -> dict[str, Any]:
@@ -230,4 +261,4 @@ def quality(rows: RowSums) -> dict[str, float]:
 
 def best_metric(task: str) -> str:
     """What the best checkpoint of a task has least of."""
-    return "loss/cross_entropy" if task == "classify" else "bits_per_byte"
+    return "bits_per_byte" if task == "language" else "loss/cross_entropy"

@@ -7,28 +7,49 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
-from moe.data.types import Batch
+from moe.data.types import BY_POSITION, Batch
 from moe.parallel.mesh import batch_shards
 from moe.parallel.rules import BATCH_SPEC, TOKEN_SPEC
 
-
-def batch_shardings(mesh: Mesh) -> Batch:
-    """Where the arrays of a batch lie: rows over the batch axes, positions over `sequence`."""
-    tokens = NamedSharding(mesh, TOKEN_SPEC)
-    by_field = dict.fromkeys(Batch._fields, tokens)
-    return Batch(**by_field | {"domain": NamedSharding(mesh, BATCH_SPEC)})
+_TEXT = ("tokens", "targets", "segments", "positions", "valid", "domain")
 
 
-def batch_shapes(mesh: Mesh, rows: int, length: int) -> Batch:
-    """Shapes, dtypes and shardings of a global batch `[rows length]`."""
-    shardings = batch_shardings(mesh)
+def batch_shardings(mesh: Mesh, like: Batch | None = None) -> Batch:
+    """Where the arrays of a batch lie: rows over the batch axes, positions over `sequence`.
 
-    def leaf(field: str) -> jax.ShapeDtypeStruct:
-        shape = (rows,) if field == "domain" else (rows, length)
-        dtype = jnp.bool_ if field == "valid" else jnp.int32
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=getattr(shardings, field))
+    Args:
+        mesh: the devices.
+        like: has the fields of the batch; None has those of packed text.
+    """
+    rows, tokens = NamedSharding(mesh, BATCH_SPEC), NamedSharding(mesh, TOKEN_SPEC)
+    present = _TEXT if like is None else _fields(like)
+    return Batch(**{name: tokens if name in BY_POSITION else rows for name in present})
 
-    return Batch(*map(leaf, Batch._fields))
+
+def _fields(batch: Batch) -> tuple[str, ...]:
+    return tuple(name for name, value in batch._asdict().items() if value is not None)
+
+
+def batch_shapes(mesh: Mesh, rows: int, length: int, like: Batch | None = None) -> Batch:
+    """Shapes, dtypes and shardings of a global batch `[rows length]`.
+
+    Args:
+        mesh: the devices.
+        rows: of the global batch.
+        length: positions of a row.
+        like: one batch, of any number of rows; None is packed text.
+    """
+    shardings = batch_shardings(mesh, like)
+
+    def leaf(name: str) -> jax.ShapeDtypeStruct:
+        if like is not None:
+            shape, dtype = (rows, *getattr(like, name).shape[1:]), getattr(like, name).dtype
+        else:
+            shape = (rows, length) if name in BY_POSITION else (rows,)
+            dtype = jnp.bool_ if name == "valid" else jnp.int32
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=getattr(shardings, name))
+
+    return Batch(**{name: leaf(name) for name in _fields(shardings)})
 
 
 def process_block(mesh: Mesh, rows: int) -> tuple[int, int]:
@@ -54,7 +75,7 @@ def covering_block(spans: Sequence[tuple[int, int]], rows: int, shards: int) -> 
 
 def to_device(mesh: Mesh) -> Callable[[Batch], Batch]:
     """Makes the global batch, sharded over the mesh, of the rows of this process's block."""
-    shardings, (block, count) = batch_shardings(mesh), process_block(mesh, batch_shards(mesh))
+    block, count = process_block(mesh, batch_shards(mesh))
 
     def put(local: np.ndarray, sharding: NamedSharding) -> jax.Array:
         rows = local.shape[0]
@@ -67,4 +88,4 @@ def to_device(mesh: Mesh) -> Callable[[Batch], Batch]:
         shape = (rows * count, *local.shape[1:])
         return jax.make_array_from_callback(shape, sharding, part)
 
-    return lambda local: jax.tree.map(put, local, shardings)
+    return lambda local: jax.tree.map(put, local, batch_shardings(mesh, local))

@@ -25,7 +25,7 @@ from moe.routing.prior import RULED_OUT, ablation_rewards, set_prior
 from moe.routing.router import Router, pick_inputs
 from moe.routing.table import ROUTERS
 from moe.routing.types import Scalar
-from moe.training.objective import forward
+from moe.training.objective import forward, predictions
 from moe.training.state import Skeleton
 
 LOG_PRIOR = "log_prior"
@@ -92,8 +92,7 @@ def make_ablation_step(
             return forward(skeleton, params, masked, batch, call, token_bytes).rows.nll.sum()
 
         found = jax.lax.map(nll, jnp.arange(L * E + 1))
-        predictions = batch.valid.any(axis=1) if spec.classes else batch.valid
-        total = predictions.sum().astype(jnp.float32)
+        total = predictions(batch, spec.output)
         return Ablations(found[-1], found[:-1].reshape(L, E), total)
 
     return step

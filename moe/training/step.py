@@ -23,7 +23,7 @@ from moe.routing.router import pick_inputs
 from moe.routing.table import ROUTERS
 from moe.routing.types import Scalar
 from moe.training import optimizer as optimizer_lib
-from moe.training.objective import Forward, RowSums, forward, forward_rows
+from moe.training.objective import Forward, RowSums, forward, forward_rows, predictions
 from moe.training.state import Skeleton, TrainState
 
 TWIN = 1 << 20  # folded into the key of a second pass; no microbatch has that number
@@ -136,8 +136,8 @@ def gradients(
     """
     tokens = batch.valid.sum().astype(jnp.float32)
     rows = batch.valid.any(axis=1).sum().astype(jnp.float32)
-    predictions = rows if plan.spec.classes else tokens
-    scale = Scale(jnp.maximum(tokens, 1.0), jnp.maximum(predictions, 1.0), rows, None)
+    count = predictions(batch, plan.spec.output)
+    scale = Scale(jnp.maximum(tokens, 1.0), jnp.maximum(count, 1.0), rows, None)
     grad = jax.value_and_grad(partial(microbatch_loss, plan), has_aux=True)
     if plan.accumulation == 1:
         (_, aux), grads = grad(state.params, state.router, batch, key, hyper, scale)
@@ -180,6 +180,8 @@ def microbatch_loss(
         other = forward(plan.skeleton, params, router, batch, twin, plan.token_bytes)
         both = terms["cross_entropy"] + other.rows.nll.sum() / scale.predictions
         terms["cross_entropy"] = both / 2
+        assert done.logits is not None
+        assert other.logits is not None
         inputs["divergence"] = _divergence(done.logits, other.logits, batch)
     terms |= compute(plan.losses, inputs)
     total = weigh(terms, hyper.losses)
@@ -257,7 +259,8 @@ def gate_kernels(spec: ModelSpec, params: PyTree) -> Float[Array, "L D E"]:
 
 def _divergence(a: Array, b: Array, batch: Batch) -> Float[Array, "B S"]:
     if a.ndim == 3:
-        return consistency(a, b, batch.valid)
+        scored = batch.valid if batch.scored is None else batch.scored
+        return consistency(a, b, scored)
     row = consistency(a[:, None], b[:, None], batch.valid.any(axis=1, keepdims=True))
     return jnp.where(batch.valid, row, 0.0)
 

@@ -2,10 +2,11 @@ import collections
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 
-from moe.data.batches import make_data
+from moe.data.open import make_data
 from moe.data.tokenizers import from_json
 from moe.errors import CheckpointError, ConfigError, DataError
 
@@ -23,14 +24,15 @@ def assert_same(ours, theirs):
 
 def joined(parts):
     """Puts the blocks of all processes together to global batches."""
-    return [type(blocks[0])(*map(np.concatenate, zip(*blocks, strict=True))) for blocks in parts]
+    return [jax.tree.map(lambda *arrays: np.concatenate(arrays), *blocks) for blocks in parts]
 
 
 def test_shapes_and_counts(section):
     data = make_data(section(), seed=0)
     batch = next(data.train_batches())
-    assert [field.shape for field in batch] == [(4, 16)] * 5 + [(4,)]
-    assert [field.dtype for field in batch] == [np.int32] * 4 + [np.bool_, np.int32]
+    assert [field.shape for field in batch[:6]] == [(4, 16)] * 5 + [(4,)]
+    assert [field.dtype for field in batch[:6]] == [np.int32] * 4 + [np.bool_, np.int32]
+    assert batch[6:] == (None,) * 6
     assert data.domains == ("long", "short")
     documents = sum(count.documents for split in data.counts.values() for count in split.values())
     assert documents == 260
@@ -191,7 +193,7 @@ def test_token_bytes_of_all_targets_are_the_bytes_of_the_text(section):
     ("changes", "error", "message"),
     [
         ({"name": "stdlb"}, ConfigError, "'stdlb'.*'stdlib'"),
-        ({"name": "files:x"}, ConfigError, "only tfds takes a name"),
+        ({"name": "files:x"}, ConfigError, "only tfds and mix take a name"),
         ({"name": "tfds", "files": None}, ConfigError, "tfds:lm1b"),
         ({"name": "stdlib"}, ConfigError, "data.files is set"),
         ({"files": None}, ConfigError, "needs data.files"),

@@ -104,6 +104,8 @@ def test_rows_out_of_range():
 
 
 def test_padding_row_is_all_padding():
-    row = padding_row(5)
-    assert not row.valid.any()
-    assert not any(field.any() for field in row)
+    like = PackedRows(split_of([[1, 2]], [0]), 0, 2)[0]
+    row = padding_row(like)
+    assert [np.shape(field) for field in row[:6]] == [np.shape(field) for field in like[:6]]
+    assert not any(np.any(field) for field in row[:6])
+    assert padding_row(like._replace(index=np.int32(7))).index == -1

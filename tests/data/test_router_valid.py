@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from moe.data.batches import TextData, make_data
+from moe.data.open import make_data
+from moe.data.text import TextData
 from moe.data.router_valid import ROUTER_VALID
 from moe.data.sources import open_source
 from moe.data.sources.types import Request

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 import pytest
 import tensorflow_datasets as tfds
 
-from moe.data.batches import make_data
+from moe.data.open import make_data
 from moe.data.sources import stdlib
 from moe.data.sources.types import SPLITS, Request, split_of
 from moe.errors import DataError

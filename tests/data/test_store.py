@@ -103,7 +103,7 @@ def test_failure_keeps_what_was_there(tmp_path):
 def test_directory_that_cannot_be_written(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(DataError, match=r"Cannot write tokens to .*data\.directory"):
+    with pytest.raises(DataError, match=r"Cannot write to .*data\.directory"):
         open_tokens(source(DOCUMENTS)[0], blocked / "data", byte_tokenizer())
 
 

@@ -89,11 +89,19 @@ def batch(rows, length):
 
 
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"expert": 2, "sequence": 4}, {"sequence": 8}])
-def test_the_batch_is_whole_and_lies_where_the_step_expects_it(sizes):
+@pytest.mark.parametrize("frames", [False, True])
+def test_the_batch_is_whole_and_lies_where_the_step_expects_it(sizes, frames):
     mesh, local = make_mesh(**{"data": 1} | sizes), batch(8, 16)
+    if frames:
+        local = local._replace(
+            frames=np.random.default_rng(1).normal(size=(8, 3, 5)).astype(np.float32),
+            scored=local.valid,
+            index=local.domain,
+        )
     assert process_block(mesh, 8) == (0, 1)
     made = to_device(mesh)(local)
-    for array, wanted, read in zip(made, batch_shapes(mesh, 8, 16), local, strict=True):
+    shapes = batch_shapes(mesh, 8, 16, local if frames else None)
+    for array, wanted, read in zip(*map(jax.tree.leaves, (made, shapes, local)), strict=True):
         assert (array.shape, array.dtype) == (wanted.shape, wanted.dtype)
         assert array.sharding == wanted.sharding
         np.testing.assert_array_equal(array, read)

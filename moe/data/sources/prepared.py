@@ -11,6 +11,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from moe.config import nearest
+from moe.data.sources.catalogue import find_entry
 from moe.data.sources.types import DEFAULT_DOMAIN, SPLITS, Document, Request, Source
 from moe.errors import DataError
 
@@ -59,8 +60,30 @@ def _version(path: Path) -> tuple[int, ...]:
     return tuple(map(int, parts)) if len(parts) == 3 and all(map(str.isdigit, parts)) else ()
 
 
-def read_prepared(name: str, directory: Path, text_feature: str) -> Source:
-    """Opens a prepared data set as a text source; see `prepared_source`."""
+def find_prepared(name: str, directory: Path) -> Path:
+    """The directory of a prepared data set that `data.name` names.
+
+    Args:
+        name: of the catalogue, or `tfds:NAME` or `tfds:DIRECTORY`.
+        directory: the data directory.
+
+    Raises:
+        ConfigError: no such name.
+        DataError: it is not prepared; training never downloads.
+    """
+    kind, _, dataset = name.partition(":")
+    if kind == "tfds":
+        return _prepared_or_refused(dataset, directory)
+    path = prepared_directory(str(find_entry(name).directory), directory)
+    if path is None:
+        raise DataError(
+            f"The data set {name!r} is not prepared in {directory}, and training never downloads. "
+            f"Prepare it once: python3 scripts/prepare_data.py {name} --data_dir={directory}"
+        )
+    return path
+
+
+def _prepared_or_refused(name: str, directory: Path) -> Path:
     path = prepared_directory(name, directory)
     if path is None:
         raise DataError(
@@ -70,6 +93,26 @@ def read_prepared(name: str, directory: Path, text_feature: str) -> Source:
             "tensorflow-cpu for this one step), or give a prepared directory as "
             "data.name=tfds:DIRECTORY."
         )
+    return path
+
+
+def read_prepared(name: str, directory: Path, text_feature: str) -> Source:
+    """Opens a prepared data set as a text source; see `prepared_source`."""
+    path = _prepared_or_refused(name, directory)
+    return read_text(name, path, text_feature)
+
+
+def read_text(name: str, path: Path, text_feature: str) -> Source:
+    """Opens a prepared directory as a text source.
+
+    Args:
+        name: for messages.
+        path: of `find_prepared`.
+        text_feature: the feature that is read.
+
+    Raises:
+        DataError: it has no random access, or no such text feature.
+    """
     builder = tfds.builder_from_directory(path)
     check_format(builder, path)
     _check_text(builder, path, text_feature)
@@ -82,6 +125,7 @@ def read_prepared(name: str, directory: Path, text_feature: str) -> Source:
 
 
 def check_format(builder, path: Path) -> None:
+    """Raises DataError for a prepared data set without random access."""
     file_format = builder.info.file_format.value
     if file_format not in ("array_record", "parquet"):
         raise DataError(

@@ -1,0 +1,31 @@
+"""Translation: English verses into Spanish, a prefix language model over byte pairs.
+
+    python3 scripts/prepare_data.py verses_en_es
+    python3 train.py --config=configs/verses.py --workdir=runs/verses
+    python3 eval.py --workdir=runs/verses --split=test
+
+31,084 verse pairs of the King James and Reina-Valera bibles, held out by chapter. After a colon: `dense`, the
+dense model of equal active FLOPs, or `router=NAME`.
+"""
+
+from moe.config import ConfigDict, default_config, import_beside
+
+twins = import_beside(__file__, "presets/twins.py")
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The sparse model, or with `arg` one of its twins."""
+    config = default_config()
+    config.steps = 900
+    config.task.name = "seq2seq"
+    config.model.update({"num_layers": 4, "width": 192, "heads": 6, "kv_heads": 6, "head_dim": 32})
+    config.model.update({"num_experts": 8, "expert_width": 256})
+    config.router.k = 2
+    config.data.update({"name": "verses_en_es", "batch_size": 48, "sequence_length": 112})
+    with config.ignore_type():
+        config.data.update({"tokenizer": "bpe", "vocab_size": 4096})
+        config.evaluation.generalisation = {"typos": {"corrupt": "typos:0.05"}}
+    config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 60})
+    config.evaluation.update({"every": 300, "decode": "greedy", "decode_length": 72})
+    config.checkpoint.every = 300
+    return twins.apply(config, arg, "verses.py")

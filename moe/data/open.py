@@ -1,0 +1,100 @@
+"""From the config's `data` section to a data set that is ready to be read."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from moe.config import ConfigDict, default_config
+from moe.data.batches import RowData
+from moe.data.example_data import example_data
+from moe.data.examples import open_records
+from moe.data.sources import SOURCES
+from moe.data.sources.catalogue import CATALOGUE
+from moe.data.sources.prepared import find_prepared
+from moe.data.text import text_data
+from moe.data.tokenizers import Tokenizer
+from moe.errors import ConfigError
+
+_OF_TEXT = ("files", "text_feature")
+_OF_EXAMPLES = {  # key of the section -> argument of `example_data`
+    "input_feature": "input_feature",
+    "target_feature": "target_feature",
+    "label_feature": "label_feature",
+    "patch": "patch",
+    "stride": "stride",
+    "sample_rate": "sample_rate_wanted",
+    "mels": "mels",
+    "too_long": "too_long",
+    "skip_bad": "skip_bad",
+    "corrupt": "corruption",
+}
+
+
+def make_data(
+    section: ConfigDict,
+    *,
+    seed: int,
+    task: str = "language",
+    prefix: bool = False,
+    tokenizer: Tokenizer | None = None,
+    router_valid: bool = False,
+) -> RowData:
+    """Opens what the config's `data` section describes.
+
+    Packed text is read by `language`, and by `classify` where text has domains and no labels; every
+    other task reads examples.
+
+    Args:
+        section: `config.data`.
+        seed: of the order of documents and rows in training.
+        task: `config.task.name`.
+        prefix: whether the source of `seq2seq` sees all of itself.
+        tokenizer: the one saved with a run; None makes the one that the section describes.
+        router_valid: whether to carve the split `router_valid` from train; of packed text.
+
+    Raises:
+        ConfigError: an unknown name, or numbers that cannot work.
+        DataError: data that is missing, unreadable, empty or too small.
+    """
+    values: dict[str, Any] = {**default_config().data.to_dict(), **section.to_dict()}
+    for key in ("batch_size", "sequence_length"):
+        if values[key] < 1:
+            raise ConfigError(f"data.{key}={values[key]} must be greater than 0.")
+    root = data_directory(values.pop("directory"))
+    of_examples = {argument: values.pop(key) for key, argument in _OF_EXAMPLES.items()}
+    values |= {"root": root, "seed": seed, "saved_tokenizer": tokenizer}
+    if _is_packed(values, task, root, str(of_examples["label_feature"])):
+        if of_examples["corruption"] is not None:
+            raise ConfigError(
+                "data.corrupt is of examples, and packed text has none: set it to none."
+            )
+        return text_data(**values, router_valid=router_valid)
+    if router_valid:
+        raise ConfigError(
+            "prior.every > 0 needs a router-validation split, which is carved from packed text alone: "
+            f"set prior.every=0 for task.name={task!r}."
+        )
+    name = values.pop("name")
+    values = {key: value for key, value in values.items() if key not in _OF_TEXT}
+    records = open_records(find_prepared(name, root))
+    return example_data(records, task=task, prefix=prefix, **values, **of_examples)
+
+
+def _is_packed(values: dict[str, Any], task: str, root: Path, label: str) -> bool:
+    if task == "language":
+        return True
+    if task != "classify":
+        return False
+    name = values["name"]
+    kind = name.partition(":")[0]
+    if (kind in SOURCES and kind != "tfds") or getattr(
+        CATALOGUE.get(kind), "kind", ""
+    ) == "language":
+        return True
+    return label not in open_records(find_prepared(name, root)).features
+
+
+def data_directory(directory: str | None) -> Path:
+    """Returns `data.directory`, or TFDS's default: `TFDS_DATA_DIR` or ~/tensorflow_datasets."""
+    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    return Path(directory or default).expanduser()
