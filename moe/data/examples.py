@@ -31,7 +31,7 @@ class Field:
     """One field of a split: example i is `flat[starts[i]:starts[i + 1]]`, in its shape."""
 
     flat: Shaped[np.ndarray, " T"]
-    starts: Int[np.ndarray, " n+1"]
+    starts: Int[np.ndarray, " N"]  # one more than examples
     shape: tuple[int, ...] | None  # None: of any length
 
     def __getitem__(self, i: int) -> np.ndarray:
