@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 import math
+import re
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -90,9 +91,30 @@ def overlap(
     return scores
 
 
-def occurrences(context: Sequence[str], candidates: Sequence[str]) -> np.ndarray:
-    """How often each candidate occurs among the words of a text [C]."""
-    return np.array([sum(word == candidate for word in context) for candidate in candidates])
+def name_scores(source: str, candidates: Sequence[str]) -> dict[str, np.ndarray]:
+    """Scores of the names that may be missing in the last line of a text (Hill et al. 2016, table 2).
+
+    Args:
+        source: sentences, a line each; the last one has the gap.
+        candidates: names of the lines before it.
+
+    Returns:
+        For each method the scores [C]: `chance`; `most frequent` in the text; `most frequent, not
+        in the question`, where a name of the last line has none; `last mentioned`.
+    """
+    *context, question = (re.findall(r"\w+", line) for line in source.splitlines())
+    words = [word for line in context for word in line]
+    counts = np.array([words.count(name) for name in candidates])
+    last = [
+        max((i for i, word in enumerate(words) if word == name), default=-1) for name in candidates
+    ]
+    asked = np.array([name in question for name in candidates])
+    return {
+        "chance": np.zeros(len(candidates)),
+        "most frequent": counts,
+        "most frequent, not in the question": np.where(asked, -1, counts),
+        "last mentioned": np.array(last),
+    }
 
 
 def histogram(images: Sequence[np.ndarray]) -> np.ndarray:

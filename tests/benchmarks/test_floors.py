@@ -52,6 +52,7 @@ def test_texts():
     rows = tasks.classify_texts(toy)
     found = values(rows)
     assert found["test", "TF-IDF logistic regression"] == 0.8
+    assert ("test_long", "TF-IDF logistic regression") not in found
     assert found["test_long", "multinomial naive Bayes"] == 1.0
     assert found["test_long", "Bernoulli naive Bayes"] == 1.0
     np.testing.assert_allclose(found["test_long", "majority"], 2 / 3)
@@ -119,6 +120,31 @@ def test_definitions():
     assert found["test", "TF-IDF overlap, 4 ways"] == 1.0
     assert found["test_new_words", "TF-IDF overlap, 4 ways"] == 0.25  # no word has a score
     assert found["test", "chance, 4 ways"] == found["test_new_words", "chance, 4 ways"] == 0.25
+
+
+def test_missing_names():
+    text = "Anne saw Emma.\nEmma left.\nThen Jane and Emma spoke."
+    columns = {
+        "source": [f"{text}\nSo XXXXX went.", f"{text}\nEmma met XXXXX."],
+        "target": ["Emma", "Jane"],
+        "candidates": ["Anne|Emma|Jane", "Anne|Emma|Jane"],
+    }
+    found = values(tasks.missing_names(Toy(test=columns)))
+    np.testing.assert_allclose(found["test", "chance"], 1 / 3)
+    assert found["test", "most frequent"] == 0.5
+    # Emma stands in the second question: Anne and Jane are left, equally frequent.
+    assert found["test", "most frequent, not in the question"] == 0.75
+    assert found["test", "last mentioned"] == 0.5
+
+
+def test_numbers():
+    one = {"source": ["a 123456 b 12 c 7654321"], "target": ["123456"]}
+    four = {"source": ["111111 and 222222, 333333. 444444"], "target": ["222222"]}
+    found = values(tasks.numbers(Toy(test=one, test_of_4=four)))
+    assert found == {
+        ("test", "any number of the text"): 1.0,
+        ("test_of_4", "any number of the text"): 0.25,
+    }
 
 
 def test_transcripts():

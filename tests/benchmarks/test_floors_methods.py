@@ -323,14 +323,6 @@ def test_overlap_prefers_the_word_with_like_definitions():
     assert scores[0][0] == scores[1][0] == 0  # no word in common; no definition in train
 
 
-def test_occurrences():
-    assert list(choose.occurrences("Emma saw Emma and Jane".split(), ["Jane", "Emma", "Anne"])) == [
-        1,
-        2,
-        0,
-    ]
-
-
 def test_histogram_and_nearest():
     red, blue = (np.zeros((4, 4, 3), np.uint8) for _ in range(2))
     red[..., 0], blue[..., 2] = 255, 200
