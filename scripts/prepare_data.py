@@ -77,7 +77,7 @@ def described(builder: tfds.core.DatasetBuilder) -> Iterator[str]:
     counts = {split: part.num_examples for split, part in info.splits.items()}
     yield "  examples: " + ", ".join(f"{split} {n:,}" for split, n in counts.items())
     yield "  features: " + ", ".join(
-        f"{key} {feature_text(info.features[key])}" for key in info.features
+        f"{key} ({feature_text(info.features[key])})" for key in info.features
     )
     size = sum(file.stat().st_size for file in Path(builder.data_path).iterdir())
     yield f"  on disk: {size / 1e6:.1f} MB"

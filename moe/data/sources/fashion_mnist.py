@@ -59,6 +59,11 @@ class FashionMnistImages(PackageBuilder):
         del dl_manager  # the archive is there
         images, labels = read_part(self.members(PACKAGES[0].name), "train")
         cut = len(images) - _VALID
+        if cut <= 0:
+            raise DataError(
+                f"Fashion-MNIST train has {len(images)} pictures, of which the last {_VALID} are held "
+                "out: it is not the official file."
+            )
         test = read_part(self.members(PACKAGES[0].name), "t10k")
         return {
             "train": self._generate_examples(images[:cut], labels[:cut]),
