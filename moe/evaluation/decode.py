@@ -25,6 +25,7 @@ from moe.evaluation.beam import beam_search
 from moe.evaluation.causality import check_generation
 from moe.model.attention_table import find_attention
 from moe.model.block import LayerCache
+from moe.model.build import takes_padding
 from moe.model.layer import Call
 from moe.model.spec import ModelSpec
 from moe.model.transformer import Transformer, empty_cache
@@ -153,8 +154,7 @@ def _evened(spec: ModelSpec, prompts: Prompts) -> Prompts:
     sizes = np.unique(prompts.size[prompts.size > 0])
     if len(sizes) == 0:
         raise ConfigError("generation needs a prompt of at least one token.")
-    attention = find_attention(spec.attention.name)
-    if attention.gaps and not spec.looks_back:
+    if takes_padding(spec):
         return prompts
     if len(sizes) > 1:
         name = (

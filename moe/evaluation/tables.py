@@ -4,6 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 QUALITY = ("loss/cross_entropy", "perplexity", "bits_per_byte", "accuracy")
+# Columns of each task, and what its predictions are; scores with intervals are in the triad.
+COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
+    "language": (QUALITY, "tokens"),
+    "seq2seq": (QUALITY, "tokens"),
+    "classify": (("loss/cross_entropy", "accuracy"), "examples"),
+    "ctc": (("loss/cross_entropy", "accuracy"), "labels"),
+    "match": (("loss/cross_entropy", "accuracy"), "pairs"),
+}
 MATRIX = (
     "loss/cross_entropy",
     "bits_per_byte",
@@ -36,13 +44,19 @@ def number(value: float | int | None) -> str:
     return f"{value:.4f}"
 
 
-def evaluation_table(record: dict[str, Any]) -> str:
-    """Quality over all text and by domain, then routing, model and speed."""
+def evaluation_table(record: dict[str, Any], task: str = "language") -> str:
+    """Quality over everything and by domain, then routing, model and speed.
+
+    Args:
+        record: of an evaluation.
+        task: `task.name`, which says what there is to tell.
+    """
     metrics, model = record["metrics"], record["model"]
-    quality = [["", *QUALITY, "tokens"]]
+    columns, counted = COLUMNS[task]
+    quality = [["", *columns, counted]]
     for name, values in [("all", metrics), *record["domains"].items()]:
         quality.append(
-            [name, *(number(values.get(k)) for k in QUALITY), number(int(values["tokens"]))]
+            [name, *(number(values.get(k)) for k in columns), number(int(values["tokens"]))]
         )
     rest = [[k, number(v)] for k, v in model.items()]
     rest += [[k, number(v)] for k, v in metrics.items() if k.startswith(("speed/", "memory/"))]
@@ -58,8 +72,19 @@ def evaluation_table(record: dict[str, Any]) -> str:
         )
     if "saturation" in record:
         routing += _saturation_rows(record)
-    parts = [title, align(quality), align(routing) if routing else "", align(rest)]
+    scores = scores_table(record.get("scores", {}))
+    parts = [title, align(quality), scores, align(routing) if routing else "", align(rest)]
     return "\n\n".join(part for part in parts if part)
+
+
+def scores_table(domains: dict[str, dict[str, dict[str, float]]]) -> str:
+    """A line for each domain with the value of each score; empty where there is one domain."""
+    names = list(dict.fromkeys(name for scores in domains.values() for name in scores))
+    rows = [["", *names, "n"]] if domains else []
+    for domain, scores in domains.items():
+        values = [number(scores[name]["value"] if name in scores else None) for name in names]
+        rows.append([domain, *values, number(max(int(s["n"]) for s in scores.values()))])
+    return align(rows) if rows else ""
 
 
 def _saturation_rows(record: dict[str, Any]) -> list[list[str]]:

@@ -2,10 +2,10 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-import json
 import re
 import string
 
+from jaxtyping import Float
 import jiwer
 import numpy as np
 from sacrebleu.metrics.bleu import BLEU
@@ -14,8 +14,8 @@ from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
 
 from moe.evaluation.bootstrap import (
-    RESAMPLES,
     Interval,
+    interval,
     mean_interval,
     ratio_interval,
 )
@@ -59,13 +59,16 @@ def chrf(references: Sequence[str], hypotheses: Sequence[str]) -> Interval:
 def _of_sacrebleu(
     metric: BLEU | CHRF, references: Sequence[str], hypotheses: Sequence[str]
 ) -> Interval:
-    """The library's own bootstrap, which draws with a fixed seed unless SACREBLEU_SEED says otherwise."""
-    score = metric.corpus_score(list(hypotheses), [list(references)], n_bootstrap=RESAMPLES)
-    value, signature = float(score.score), str(metric.get_signature())
-    told = json.loads(score.format(width=6, signature=signature, is_json=True))
-    # Where every resample scores 0, the library tells none.
-    mean, half = told.get("confidence_mean", value), told.get("confidence_var", 0.0)
-    return Interval(value, mean - half, mean + half, len(references))
+    """The library's statistics of each segment, drawn again.
+
+    Its own `n_bootstrap` fails where some resamples score 0, and copies every segment for each resample.
+    """
+    stats = metric._extract_corpus_statistics(list(hypotheses), [list(references)])
+
+    def scores(sums: Float[np.ndarray, "R X"]) -> Float[np.ndarray, " R"]:
+        return np.array([metric._compute_score_from_stats(row).score for row in sums], np.float64)
+
+    return interval(np.array(stats, np.float64), scores)
 
 
 def normalized_answer(text: str) -> str:

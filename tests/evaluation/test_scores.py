@@ -46,6 +46,9 @@ def test_chrf_is_sacrebleus():
 def test_texts_without_a_word_in_common():
     found = text_scores.bleu(["a b c d"], ["x"], ["en"])
     assert found == (0.0, 0.0, 0.0, 1)
+    found = text_scores.chrf(["abc", "def"], ["abc", "xyz"])  # some resamples are all wrong
+    assert found.low == 0.0
+    assert found.high == pytest.approx(100.0)
 
 
 @pytest.mark.parametrize(
