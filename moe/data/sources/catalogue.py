@@ -157,7 +157,7 @@ CATALOGUE: dict[str, Entry] = {
         f"{_SOURCES}.spoken_language",
         "SpokenLanguage",
         "classification",
-        "2,700 telephone prompts in five languages, which one is spoken",
+        "2,745 telephone prompts in five languages, which one is spoken",
     ),
     "spoken_words": Entry(
         f"{_SOURCES}.spoken_words",
@@ -169,7 +169,7 @@ CATALOGUE: dict[str, Entry] = {
         f"{_SOURCES}.czech_speech",
         "CzechSpeech",
         "ctc",
-        "1,750 Czech utterances with transcripts, 100 minutes",
+        "1,792 Czech utterances with transcripts, 102 minutes",
     ),
     # Image and text.
     "emoji": Entry(
