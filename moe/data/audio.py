@@ -1,4 +1,4 @@
-"""Sound as features: PCM samples to log-mel frames, in NumPy, and the rate that a data set stores.
+"""Sound as features: PCM samples to log-mel frames, on the host, and the rate that a data set stores.
 
 Prepared data sets hold mono PCM as int16 of any length. TFDS's own audio feature cannot be made
 without TensorFlow, so ours are tensors, and the rate is in the data set's metadata.
@@ -10,6 +10,8 @@ from typing import Any
 
 from jaxtyping import Float32, Int
 import numpy as np
+import scipy.fft
+import scipy.sparse
 import tensorflow_datasets as tfds
 
 from moe.errors import ConfigError, DataError
@@ -140,9 +142,9 @@ def log_mel(
     size = 1 << (window - 1).bit_length()
     padded = np.pad(pcm, (0, max(window - pcm.size, 0)))
     frames = np.lib.stride_tricks.sliding_window_view(padded, window)[::hop] * _hann(window)
-    spectrum = np.fft.rfft(frames, size)
+    spectrum = scipy.fft.rfft(frames, size, axis=1)  # on float32 far faster than NumPy's
     power = np.square(spectrum.real) + np.square(spectrum.imag)
-    energies = power @ mel_bank(rate, size, mels).T
+    energies = (_sparse_bank(rate, size, mels) @ power.T).T
     logs = np.log(np.maximum(energies, np.float32(_FLOOR)))
     if normalise:
         deviation = np.maximum(logs.std(axis=0), np.float32(_SMALLEST_DEVIATION))
@@ -157,6 +159,11 @@ def _hann(window: int) -> Float32[np.ndarray, " W"]:
 
 
 @functools.lru_cache(maxsize=8)
+def _sparse_bank(rate: int, size: int, mels: int) -> scipy.sparse.csr_array:
+    """`mel_bank`, where a frequency is in two bands at most; a dense product would wake BLAS threads."""
+    return scipy.sparse.csr_array(mel_bank(rate, size, mels))
+
+
 def mel_bank(rate: int, size: int, mels: int) -> Float32[np.ndarray, "F Q"]:
     """Weights of the frequencies of an FFT in each band: triangles of height 1 on the mel scale.
 
