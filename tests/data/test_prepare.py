@@ -88,6 +88,13 @@ def test_not_prepared(root):
     assert sorted(file.name for file in root.iterdir()) == ["packages"]
 
 
+def test_a_folder_of_that_name_elsewhere_is_not_it(root, tmp_path_factory, monkeypatch):
+    prepare("tiny", root)
+    monkeypatch.chdir(root)
+    with pytest.raises(DataError, match="'tiny' is not prepared"):
+        find_prepared("tiny", tmp_path_factory.mktemp("other"))
+
+
 def test_an_unknown_name(root):
     for ask in (find_prepared, prepare, make_builder):
         with pytest.raises(ConfigError, match=r"'fashion-mnist' .*did you mean 'fashion_mnist'"):

@@ -74,7 +74,8 @@ def find_prepared(name: str, directory: Path) -> Path:
     kind, _, dataset = name.partition(":")
     if kind == "tfds":
         return _prepared_or_refused(dataset, directory)
-    path = prepared_directory(str(find_entry(name).directory), directory)
+    # With the directory in front, so that no folder of that name elsewhere is taken for it.
+    path = prepared_directory(str(directory / find_entry(name).directory), directory)
     if path is None:
         raise DataError(
             f"The data set {name!r} is not prepared in {directory}, and training never downloads. "
