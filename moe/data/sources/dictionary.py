@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from moe.data.archives import Reader, require
 from moe.data.packages import Package
-from moe.data.sources.language import LanguageBuilder, decode, folded
+from moe.data.sources.language import LanguageBuilder, decode, words
 from moe.data.sources.types import Document, split_of
 from moe.errors import DataError
 
@@ -67,12 +67,12 @@ def read_glosses(members: Mapping[str, Reader]) -> Iterator[Gloss]:
 
 def _parse(line: str, part: str, where: str) -> Gloss:
     fields, bar, definition = line.partition("|")
-    words = fields.split()
+    parts = fields.split()
     try:
-        count = int(words[3], 16)
+        count = int(parts[3], 16)
     except (IndexError, ValueError) as error:
         raise DataError(f"{where} is no record of WordNet: {line[:60]!r}.") from error
-    lemmas = words[4 : 4 + 2 * count : 2]
+    lemmas = parts[4 : 4 + 2 * count : 2]
     if not bar or not definition.strip() or len(lemmas) < max(count, 1):
         raise DataError(f"{where} has no definition or too few lemmas: {line[:60]!r}.")
     plain = tuple(_MARKER.sub("", lemma).replace("_", " ") for lemma in lemmas)
@@ -84,7 +84,7 @@ def group(glosses: Iterator[Gloss], skipped: Counter[str]) -> Iterator[Document]
     entries = defaultdict(list)
     seen = set()
     for gloss in glosses:
-        definition = folded(gloss.definition.split('; "')[0])
+        definition = words(gloss.definition.split('; "')[0])
         if definition in seen:
             skipped["definitions met before"] += 1
             continue

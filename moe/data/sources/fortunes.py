@@ -10,7 +10,8 @@ import re
 from moe.data.archives import Reader
 from moe.data.packages import Package
 from moe.data.sources.builder import PackageConfig
-from moe.data.sources.language import LanguageBuilder, decode, folded, unique
+from moe.data.sources.held_out import normalised
+from moe.data.sources.language import LanguageBuilder, decode, unique, words
 from moe.data.sources.types import Document, split_of
 from moe.errors import DataError
 
@@ -33,6 +34,7 @@ FOLDERS = {"fortunes-de": "usr/share/games/fortunes/de", "fortunes-zh": "usr/sha
 
 _NO_TEXT = (".dat", ".u8")  # index of offsets; link to the text
 _SEPARATOR = re.compile(r"^%[ \t]*(?:\n|\Z)", re.MULTILINE)
+_ATTRIBUTION = re.compile(r"^\s*--.*\Z", re.MULTILINE | re.DOTALL)
 _COLOUR = re.compile(r"\x1b(?:\[[0-9;]*[A-Za-z])?")  # of terminals, ECMA-48
 
 
@@ -41,7 +43,7 @@ class FortuneTexts(LanguageBuilder):
 
     The Chinese ones are sayings, classical poems (simplified and traditional) and software manuals.
     Some are rude. Colours of terminals are taken out, repeated texts left out. Splits by hash of
-    the text.
+    the words without the attribution, which differs where a saying is quoted twice.
 
     Licences: fortunes-de GPL-2 or later, fortunes-zh GPL-3 or later.
     """
@@ -58,7 +60,12 @@ class FortuneTexts(LanguageBuilder):
             self.members(package.name), package.name, self.builder_config.name, self.skipped
         )
         for document in unique(texts, self.skipped, package.name):
-            yield split_of(folded(document.text)), document
+            yield split_of(saying(document.text)), document
+
+
+def saying(text: str) -> str:
+    """Returns the words of a fortune without who said it; all of them if there are no others."""
+    return normalised(_ATTRIBUTION.sub("", text)) or words(text)
 
 
 def read_fortunes(

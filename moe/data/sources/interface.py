@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 from moe.data.archives import Reader
 from moe.data.packages import Package
 from moe.data.sources.builder import PackageConfig
-from moe.data.sources.language import PairBuilder, decode
+from moe.data.sources.language import PairBuilder, decode, words
 from moe.data.sources.pairs import Pair
 from moe.data.sources.types import split_of
 from moe.errors import DataError
@@ -25,7 +25,7 @@ _GERMAN = Package(
     sha256="aee22c8e3b3c0431f6e1b0bc66f757ba36c860e2651a05eb050fde4897f06548",
     size=861940,
 )
-_CHINESE = Package(
+_ZH_CN = Package(
     "apt",
     "libreoffice-l10n-zh-cn",
     "4:7.4.7-1+deb12u14",
@@ -39,11 +39,12 @@ _MANUALS = Package(
     sha256="0d635a840747958ca84da778b40d341f1155603851f922c9a171f5a181d6a39f",
     size=8523220,
 )
-PACKAGES = (_GERMAN, _CHINESE, _MANUALS)
+PACKAGES = (_GERMAN, _ZH_CN, _MANUALS)
 
 _MAGIC = {0x950412DE: "<", 0xDE120495: ">"}  # byte order of a catalogue
 _CONTEXT = "\x04"  # ends the context of a message
-_CHINESE_MNEMONIC = re.compile(r"\(~?[A-Z0-9]\)(?=$|\.|…|:|\uff1a)")  # 添加(A)...
+_CHINESE = re.compile(r"[\u4e00-\u9fff]")
+_CHINESE_KEY = re.compile(r"\([A-Z0-9]\)(?=$|[.…:\uff1a\uff1f\u3002])")  # 添加(A)...
 _HELP = "usr/share/help/"
 _MALLARD = "{http://projectmallard.org/1.0/}"
 _BLOCKS = ("p", "title", "desc")
@@ -54,7 +55,7 @@ class _Language(NamedTuple):
     folder: str  # of its manuals
 
 
-_LANGUAGES = {"en_de": _Language(_GERMAN, "de"), "en_zh": _Language(_CHINESE, "zh_CN")}
+_LANGUAGES = {"en_de": _Language(_GERMAN, "de"), "en_zh": _Language(_ZH_CN, "zh_CN")}
 
 
 class InterfacePairs(PairBuilder):
@@ -84,11 +85,6 @@ class InterfacePairs(PairBuilder):
         )
         for source, target in found.items():
             yield split_of(words(source)), Pair(source, target, domain)
-
-
-def words(text: str) -> str:
-    """Returns the words of a text without case, marks and spaces; the text itself if it has none."""
-    return " ".join(re.findall(r"\w+", text.casefold())) or text
 
 
 def merge(*sources: Iterator[tuple[str, str]], skipped: Counter[str]) -> dict[str, str]:
@@ -155,10 +151,11 @@ def read_catalogue(data: bytes, name: str) -> Iterator[tuple[str, str]]:
 
 def without_access_key(text: str) -> str:
     """Removes the mark of an access key: `~Open`, `E_xit`, `打开(~O)`, `打开(O)...`."""
-    text = _CHINESE_MNEMONIC.sub("", re.sub(r"\(~\w\)", "", text)) if not text.isascii() else text
     for mark in "~_":
         if text.count(mark) == 1:  # with more of them it is a name such as snake_case_name
             text = re.sub(rf"{mark}(?=\w)", "", text)
+    if _CHINESE.search(text):
+        text = _CHINESE_KEY.sub("", text)
     return text.strip()
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 
 from moe.data.sources.builder import PackageBuilder
+from moe.data.sources.held_out import normalised
 from moe.data.sources.pairs import Pair
 from moe.data.sources.types import SPLITS, Document
 from moe.errors import DataError
@@ -112,8 +113,8 @@ def decode(data: bytes, where: str, encoding: str = "utf-8") -> str:
 def unique(documents: Iterable[Document], skipped: Counter[str], where: str) -> Iterator[Document]:
     """Yields documents of a text not met before; counts the others.
 
-    Texts are compared as `folded`; a split by the hash of the folded text then stays where it is
-    when other documents come or go.
+    Texts are compared by their `words`; a document whose side follows from the hash of them stays
+    on it when others come or go.
 
     Args:
         documents: in order: the first of equal ones stays.
@@ -125,7 +126,7 @@ def unique(documents: Iterable[Document], skipped: Counter[str], where: str) -> 
     """
     seen = set()
     for number, document in enumerate(documents, start=1):
-        key = folded(document.text)
+        key = words(document.text)
         if not key:
             raise DataError(f"{where}: document {number} ({document.key!r}) has no text.")
         digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
@@ -136,6 +137,6 @@ def unique(documents: Iterable[Document], skipped: Counter[str], where: str) -> 
         yield document
 
 
-def folded(text: str) -> str:
-    """Returns a text without differences of case and white space: what equal texts share."""
-    return " ".join(text.casefold().split())
+def words(text: str) -> str:
+    """Returns what equal texts share: the words in lower case; of a text without words the text."""
+    return normalised(text) or text.strip()

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from moe.data.sources.held_out import normalised
 from moe.data.sources.types import split_of
 from moe.errors import DataError
 
@@ -54,11 +55,11 @@ def read_pairs(paths: Sequence[Path], domain: str = DEFAULT_DOMAIN) -> Iterator[
 
 
 def split_of_pair(pair: Pair) -> str:
-    """Returns the split of a pair, by the hash of its source without case and white space.
+    """Returns the split of a pair, by the hash of the words of its source.
 
     Pairs of one source are on one side: a held-out sentence is never one that was trained on.
     """
-    return split_of(" ".join(pair.source.casefold().split()))
+    return split_of(normalised(pair.source) or pair.source)
 
 
 def _aligned(source: Path, target: Path, domain: str) -> Iterator[Pair]:

