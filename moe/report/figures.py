@@ -3,14 +3,12 @@
 from collections.abc import Mapping, Sequence
 import html
 import itertools
-import math
 from typing import Any
 
 from jaxtyping import Float
 import numpy as np
 import plotly.graph_objects as go
 import plotly.io as pio
-from plotly.subplots import make_subplots
 
 from moe.report.records import Series
 
@@ -24,7 +22,6 @@ DIVERGING = "RdBu_r"
 
 LINE_POINTS = 600  # of one line; longer series are averaged in bins
 LAYER_POINTS = 200  # of one line of many
-MAP_GAP = 50  # pixels between the maps of domains
 LOAD_CELLS = 40_000  # of a step x layer x expert cube, a quarter of a megabyte on the page
 
 AXIS = {
@@ -234,60 +231,35 @@ def balanced_scale(top: float) -> list[list[Any]]:
     return [[at, c] for at, c in [*low, *list(high)[1:]]]
 
 
-def domain_maps(shares: Mapping[str, Float[np.ndarray, "L E"]], kind: str) -> go.Figure:
-    """Layer by expert, one map a domain.
+def kind_maps(shares: Mapping[str, Float[np.ndarray, "L E"]], kind: str) -> go.Figure:
+    """Kind of token by expert for one layer, chosen in a menu.
 
     Args:
-        shares: domain -> the fraction of its choices that each expert of each layer took.
-        kind: `share` for the fractions themselves, `log2 ratio` for log2 of a domain's fraction
-            over the mean of all domains.
+        shares: domain or modality -> the fraction of its choices that each expert of each layer took.
+        kind: `share` for the fractions themselves, `log2 lift` for log2 of a kind's fraction over the
+            mean of all kinds.
     """
     stack = np.stack(list(shares.values()))  # [M L E]
     shown = stack if kind == "share" else log_ratio(stack)
-    domains, layers, experts = shown.shape
-    columns = 1 if experts > 64 else min(2, domains)
-    rows = math.ceil(domains / columns)
-    height = rows * (MAP_GAP + max(110, min(24 * layers, 480))) + 60
-    fig = make_subplots(
-        rows=rows,
-        cols=columns,
-        subplot_titles=[label(name) for name in shares],
-        shared_yaxes=True,
-        shared_xaxes=True,
-        horizontal_spacing=0.04,
-        vertical_spacing=MAP_GAP / height,
-    )
-    for m in range(domains):
+    kinds, layers, experts = shown.shape
+    fig = figure(140 + max(90, min(34 * kinds, 620)), margin={"t": 64, "l": 90})
+    for layer in range(layers):
         fig.add_heatmap(
-            z=shown[m].astype(np.float32),
+            z=shown[:, layer].astype(np.float32),
+            y=[label(name) for name in shares],
+            visible=layer == 0,
+            hovertemplate=f"%{{y}}, expert %{{x}}: %{{z:.3f}} ({kind})<extra></extra>",
             coloraxis="coloraxis",
-            hovertemplate=f"layer %{{y}}, expert %{{x}}: %{{z:.3f}} ({kind})<extra></extra>",
-            row=m // columns + 1,
-            col=m % columns + 1,
         )
-    fig.update_layout(
-        template=TEMPLATE,
-        height=height,
-        coloraxis={
-            **_domain_colors(shown, kind),
-            "colorbar": {
-                "title": {"text": kind},
-                "thickness": 14,
-                "len": 1 / rows,
-                "y": 1,
-                "yanchor": "top",
-            },
-        },
-        margin={"t": 40},
-    )
-    integer_axes(fig, None, None, experts, layers)
-    fig.update_xaxes(title="expert", row=rows)
-    fig.update_yaxes(title="layer", col=1)
-    fig.update_yaxes(autorange="reversed")
+    bar = {"colorbar": {"title": {"text": kind}, "thickness": 14}}
+    fig.update_layout(coloraxis=_kind_colors(shown, kind) | bar)
+    menu(fig, [f"layer {layer}" for layer in range(layers)])
+    integer_axes(fig, "expert", None, experts, 99)
+    fig.update_yaxes(autorange="reversed", type="category")
     return fig
 
 
-def _domain_colors(shown: np.ndarray, kind: str) -> dict[str, Any]:
+def _kind_colors(shown: np.ndarray, kind: str) -> dict[str, Any]:
     top = float(np.nanmax(np.abs(shown), initial=0.0))
     if kind == "share":
         return {"colorscale": "Blues", "cmin": 0.0, "cmax": top or 1.0}
@@ -297,7 +269,7 @@ def _domain_colors(shown: np.ndarray, kind: str) -> dict[str, Any]:
 
 
 def log_ratio(shares: Float[np.ndarray, "M L E"]) -> Float[np.ndarray, "M L E"]:
-    """log2 of each domain's share over the mean of the domains, within ±6.
+    """log2 of each kind's share over the mean of the kinds, within ±6.
 
     An expert that nobody used has no ratio and shows as a gap.
     """

@@ -28,12 +28,35 @@ class Plot(NamedTuple):
     wide: bool = False
 
 
+class Marked(NamedTuple):
+    """A piece of text to be set in the fixed font, and a note on it."""
+
+    text: str
+    note: str
+
+
+Cell = str | Sequence[Marked]
+
+
+class Table(NamedTuple):
+    """Rows of cells under a header; the first column is read from the left, numbers from the right.
+
+    Cells of pieces are set one after the other; a long table scrolls.
+    """
+
+    title: str
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+
 class Section(NamedTuple):
-    """A heading, a sentence and plots in two columns (`wide` plots take both)."""
+    """A heading, a sentence, plots in two columns (`wide` plots take both) and tables below them."""
 
     title: str
     caption: str
     plots: Sequence[Plot]
+    tables: Sequence[Table] = ()
 
 
 def render(template: str, directory: Path = TEMPLATES, **values: Any) -> str:

@@ -6,9 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from moe.report import figures, page, specialisation, summary
+from moe.report import figures, kinds, page, specialisation, summary, triad
 from moe.report.records import Record, Run, read_run, series
 
 ROUTING_PLOTS = (
@@ -81,7 +79,7 @@ def _main_evaluation(run: Run) -> Record:
 def _sections(run: Run, evaluation: Record) -> list[page.Section]:
     train = run.metrics.get("train", [])
     held_out = {split: records for split, records in run.metrics.items() if split != "train"}
-    return page.sections(
+    before = page.sections(
         (
             "Learning",
             "Training as logged, held-out splits as evaluated during the run.",
@@ -104,18 +102,15 @@ def _sections(run: Run, evaluation: Record) -> list[page.Section]:
             "layers, dark for the first and light for the last.",
             _routing(train),
         ),
-        (
-            "Who takes which domain",
-            "From the newest evaluation: of all choices that a domain's "
-            "tokens made in a layer, the part that each expert took.",
-            _domains(evaluation),
-        ),
+    )
+    after = page.sections(
         (
             "How experts specialise",
             "From the newest evaluation, layer by layer, and how routing settled on the way there.",
             specialisation.plots(evaluation, held_out.get("valid", [])),
         ),
     )
+    return [*triad.sections(run), *before, *kinds.sections(evaluation), *after]
 
 
 def _learning(train: Sequence[Record], held_out: Mapping[str, Sequence[Record]]) -> list[page.Plot]:
@@ -224,33 +219,3 @@ def _routing(train: Sequence[Record]) -> list[page.Plot]:
             for key, title, unit, caption in ROUTING_PLOTS
         )
     )
-
-
-def _domains(evaluation: Record) -> list[page.Plot]:
-    shares = {
-        domain: np.asarray(load, np.float64)
-        for domain, load in (evaluation.get("domain_load") or {}).items()
-    }
-    shares = {d: load for d, load in shares.items() if load.ndim == 2 and np.isfinite(load).all()}
-    if not shares:
-        return []
-    found = [
-        page.Plot(
-            "Share of each domain's choices",
-            "Each row sums to 1; a layer whose row is the same in every map does not tell "
-            "domains apart.",
-            figures.domain_maps(shares, "share"),
-            wide=True,
-        )
-    ]
-    if len(shares) > 1:
-        found.append(
-            page.Plot(
-                "Against the mean of the domains",
-                "log2 of a domain's share over the mean of all domains' shares: +1 is twice the "
-                "mean, -1 is half of it, white is no preference.",
-                figures.domain_maps(shares, "log2 ratio"),
-                wide=True,
-            )
-        )
-    return found

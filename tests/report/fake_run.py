@@ -98,6 +98,12 @@ SPECIALISATION = (
     *("coactivation", "domain_information", "domain_divergence", "position_information"),
     *("vocabulary_inputs", "vocabulary_predictions", "router_similarity", "weight_similarity"),
     *("skip_rate", "choices", "saturation", "churn"),
+    *(
+        f"{kind}_information{name}"
+        for kind in ("domain", "modality")
+        for name in ("_shuffled", "_excess", "_share")
+    ),
+    "modality_information",
 )
 
 
@@ -112,6 +118,37 @@ def coactivation(rng: np.random.Generator, layers: int, experts: int) -> list:
     together = 0.3 * rng.random((layers, experts, experts)).round(4)
     together[:, np.arange(experts), np.arange(experts)] = 1.0
     return together.tolist()
+
+
+def favourites(rng: np.random.Generator, layers: int, experts: int) -> list:
+    """Lists of `[token, choices, lift]` that get shorter from expert to expert."""
+    words = [
+        "the",
+        " of",
+        "\n",
+        "def",
+        "\t",
+        "a very long token that nobody wants to read",
+        "é",
+        "\x00",
+    ]
+    return [
+        [
+            [[w, int(rng.integers(10, 5000)), 4.0 - 0.3 * i] for i, w in enumerate(words[e % 9 :])]
+            for e in range(experts)
+        ]
+        for _ in range(layers)
+    ]
+
+
+def triad() -> dict:
+    score = {"value": 0.861, "low": 0.842, "high": 0.879, "n": 2000}
+    return {
+        "primary": "accuracy",
+        "accuracy": {"f1": {**score, "value": 0.855}, "accuracy": score},
+        "cost": {"parameters_total": 3_412_992, "examples_per_second": 812.5},
+        "generalisation": {"noise:2": {"accuracy": {**score, "value": 0.8, "difference": -0.061}}},
+    }
 
 
 def write_evaluation(
@@ -155,6 +192,12 @@ def write_evaluation(
         }
         record["metrics"] = metrics | specialisation(rng, layers)
         record["tables"] = {"routing/coactivation": coactivation(rng, layers, experts)}
+        record["favourites"] = favourites(rng, layers, experts)
+        record["modality_load"] = {
+            name: rng.dirichlet(np.full(experts, 1.5), size=layers).tolist()
+            for name in ("text", "image")
+        }
+        record["triad"] = triad()
         record["model"]["flops_executed"] = 6.9e6
         record["causality"] = {"router": "C0", "causal_form": True}
         steps = list(range(step // 4, step, step // 4))

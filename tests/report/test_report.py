@@ -6,18 +6,21 @@ import numpy as np
 import pytest
 
 from moe.errors import DataError
-from moe.report import figures, page, specialisation, write_report
-from moe.report.records import Series, last, read_metrics, series
+from moe.report import figures, kinds, page, specialisation, triad, write_report
+from moe.report.records import Series, last, read_metrics, read_run, series
 from moe.report.summary import expert_colors
 from tests.report.fake_run import write_run
 
 SECTIONS = (
-    *("Learning", "Speed", "Load", "Balance and confidence", "Who takes which domain"),
+    *("Learning", "Speed", "Load", "Balance and confidence", "Who takes what"),
     *("How experts specialise", "Routing in numbers"),
 )
 SPECIALISATION = (
     *("What choices tell", "Vocabulary", "Similarity of experts"),
-    *("Saturation", "Churn", "Co-activation"),
+    *("Saturation", "Churn", "Co-activation", "Expert by domain", "Preference for a domain"),
+    *("Expert by modality", "Preference for a modality", "Favourite tokens"),
+    *("What an expert tells about the domain", "What an expert tells about the modality"),
+    *("Accuracy, valid", "Cost, valid", "Generalisation, valid"),
 )
 HOSTILE = "<img src=x onerror=alert(1)>"
 
@@ -64,14 +67,85 @@ def test_everything_from_outside_is_escaped(tmp_path):
     path = workdir / "eval" / "valid-400.json"
     record = json.loads(path.read_text())
     record["sample"]["tokens"][:3] = [HOSTILE, "</script>", "</span>"]
+    record["favourites"][0][0][0][0] = "</code><b>"
+    record["modality_load"] = {HOSTILE: record["modality_load"]["text"]}
+    record["triad"]["generalisation"] = {"</td>" + HOSTILE: {HOSTILE: {"value": 1.0}}}
     path.write_text(json.dumps(record))
     text = own_text(write_report(workdir).read_text())
     assert HOSTILE not in text
     assert "<img" not in text
     assert "</script><b>" not in text
     assert "<span>&lt;/script&gt;</span>" in text
+    assert "<code>&lt;/code&gt;&lt;b&gt;</code>" in text
+    assert "&lt;/td&gt;&lt;img" in text
     # plotly reads tags in labels, so they reach it as entities inside JSON
     assert "\\u0026lt;img" in text or "&lt;img src=x onerror=alert(1)&gt;" in text
+
+
+def test_kind_maps_have_a_layer_at_a_time_with_kinds_for_rows():
+    shares = {"text": np.array([[0.75, 0.25], [0.5, 0.5]]), "image": np.array([[0.25, 0.75]] * 2)}
+    share = figures.kind_maps(shares, "share")
+    assert [trace.visible for trace in share.data] == [True, False]
+    np.testing.assert_allclose(share.data[1].z, [[0.5, 0.5], [0.25, 0.75]])
+    assert list(share.data[0].y) == ["text", "image"]
+    assert [b.label for b in share.layout.updatemenus[0].buttons] == ["layer 0", "layer 1"]
+    lift = figures.kind_maps(shares, "log2 lift")
+    np.testing.assert_allclose(lift.data[0].z[0], np.log2([1.5, 0.5]), rtol=1e-6)
+    assert lift.layout.coloraxis.cmax == -lift.layout.coloraxis.cmin == 1.0
+
+
+def test_information_is_told_in_words_beside_chance():
+    # nats, of shuffled kinds, the difference, share of the entropy
+    rows = np.array([[0.02, 0.01, 0.01, 0.03], [0.42, 0.01, 0.41, 0.61]])
+    told = kinds.sentences("modality", rows)
+    assert "in layer 1 knows 61% of what there is to know about its modality" in told
+    assert "0.42 nats, or 0.61 bits, where shuffled labels give 0.01 nats" in told
+    assert "mean beyond chance is 0.21 nats" in told
+    told = kinds.sentences("domain", np.array([[0.021, 0.02, 0.001, 0.03]]))
+    assert told.startswith("No layer's experts tell the domain beyond what chance explains")
+    assert "0.021 nats against 0.02 nats" in told
+
+
+def test_information_needs_its_control_and_several_kinds():
+    layers = {f"routing/per_layer/domain_information{n}": [0.5] for n in ("", "_shuffled")}
+    load = {"a": [[0.5, 0.5]], "b": [[0.5, 0.5]]}
+    old = {"metrics": layers, "domain_load": load}
+    assert kinds.sections(old)[0].tables == []
+    more = {f"routing/per_layer/domain_information{n}": [0.1] for n in ("_excess", "_share")}
+    (section,) = kinds.sections({"metrics": layers | more, "domain_load": load})
+    (table,) = section.tables
+    assert table.rows == [["0", "0.5", "0.7213", "0.5", "0.1", "10.0%"]]
+    (section,) = kinds.sections({"metrics": layers | more, "domain_load": {"a": [[1.0, 0.0]]}})
+    assert section.tables == []
+    assert [plot.title for plot in section.plots] == ["Expert by domain"]
+    assert kinds.sections({"metrics": {}}) == []
+
+
+def test_favourites_show_spaces_and_leave_out_layers_that_do_not_fit():
+    listed = [[["a b\n\t\x00", 1234, 2.25]], []]
+    (section,) = kinds.sections({"favourites": [listed, listed]})
+    (table,) = section.tables
+    assert [row[0] for row in table.rows] == [
+        f"layer {n}, expert {e}" for n in (0, 1) for e in (0, 1)
+    ]
+    assert table.rows[0][1] == [("a␣b↵⇥·", "2.2 times, 1,234")]
+    many = [[[["x" * 50, 10, 2.0]]] * 150] * 4
+    (section,) = kinds.sections({"favourites": many})
+    (table,) = section.tables
+    assert {row[0].split(",")[0] for row in table.rows} == {"layer 0", "layer 3"}
+    assert "2 of 4 layers" in table.caption
+    assert len(table.rows[0][1][0].text) == kinds.TOKEN_LENGTH
+
+
+def test_triad_has_the_score_that_counts_first_and_every_interval(sparse_page):
+    run = read_run(sparse_page.parent)
+    (section,) = triad.sections(run)
+    accuracy, cost, checks = section.tables
+    assert accuracy.rows[0] == ["accuracy", "0.861", "0.842 to 0.879", "2,000"]
+    assert [row[0] for row in accuracy.rows] == ["accuracy", "f1"]
+    assert cost.rows[0] == ["parameters_total: numbers of the model", "3,412,992"]
+    assert checks.rows == [["noise:2 · accuracy", "0.8", "0.842 to 0.879", "2,000", "-0.0610"]]
+    assert triad.sections(run._replace(evaluations={"valid": {"metrics": {}}})) == []
 
 
 def test_dense_run_has_no_routing_sections(tmp_path):
