@@ -7,7 +7,7 @@ import pytest
 
 from moe.data.audio import alignment_frames
 from moe.data.types import Batch
-from moe.training.ctc import ctc_greedy, ctc_rows
+from moe.training.ctc import ctc_greedy, ctc_matches, ctc_rows
 
 BLANK = 3
 VOCABULARY = 4
@@ -122,3 +122,17 @@ def test_greedy_collapses_every_path():
         found = ctc_greedy(np.array([*path, 1, 2]), np.arange(6) < 4, BLANK)
         assert found.tolist() == collapse(path)
     assert ctc_greedy(np.array([1, 2]), np.zeros(2, bool), BLANK).size == 0
+
+
+def test_matches_are_what_the_greedy_labels_say():
+    paths = np.array(list(itertools.product(range(VOCABULARY), repeat=4)), np.int32)
+    paths = np.pad(paths, ((0, 0), (0, 1)), constant_values=2)  # behind the last frame
+    for labels in LABELS:
+        batch = batch_of([labels] * len(paths), [4] * len(paths), LENGTH)
+        found = np.asarray(ctc_matches(jnp.asarray(paths), batch, blank=BLANK))
+        expected = [
+            ctc_greedy(path, valid, BLANK).tolist() == labels
+            for path, valid in zip(paths, batch.valid, strict=True)
+        ]
+        assert any(expected)
+        np.testing.assert_array_equal(found, expected)
