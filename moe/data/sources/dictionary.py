@@ -6,20 +6,13 @@ import re
 from typing import NamedTuple
 
 from moe.data.archives import Reader, require
-from moe.data.packages import Package
+from moe.data.sources.definitions import PACKAGES
 from moe.data.sources.language import LanguageBuilder, decode, words
 from moe.data.sources.types import Document, split_of
 from moe.errors import DataError
 
-PACKAGES = (
-    Package(
-        "apt",
-        "wordnet-base",
-        "1:3.0-37",
-        sha256="61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
-        size=6467132,
-    ),
-)
+__all__ = ["PACKAGES", "PREFIX", "Gloss", "WordnetDictionary", "group", "read_glosses"]
+
 PREFIX = 3  # letters that the entries of a document share
 
 _PARTS = ("noun", "verb", "adj", "adv")
@@ -39,14 +32,15 @@ class WordnetDictionary(LanguageBuilder):
     """117,659 glosses of WordNet 3.0 as a dictionary: `lemma, lemma (noun): definition` a line.
 
     Entries are sorted; those whose first lemma begins with the same three letters are a document.
-    A definition that several entries share stands once, so that none is on two sides.
+    A definition that several entries share stands once, so that none is on two sides. The sides are
+    not those of `definitions`: a model that is trained on this has met definitions held out there.
 
     Licence: WordNet 3.0 licence (Princeton University; free to use, copy and modify with notice).
     """
 
     def documents(self) -> Iterator[tuple[str, Document]]:
         """Yields (split, all entries of a prefix)."""
-        glosses = read_glosses(self.members("wordnet-base"))
+        glosses = read_glosses(self.members(PACKAGES[0].name))
         for document in group(glosses, self.skipped):
             yield split_of(document.key), document
 
@@ -59,7 +53,7 @@ def read_glosses(members: Mapping[str, Reader]) -> Iterator[Gloss]:
     """
     for part in _PARTS:
         name = f"{_FOLDER}/data.{part}"
-        lines = decode(require(members, name, "wordnet-base"), name).split("\n")
+        lines = decode(require(members, name, PACKAGES[0].name), name).split("\n")
         for number, line in enumerate(lines, start=1):
             if line and not line.startswith(" "):  # the licence is indented
                 yield _parse(line, part, f"{name}, line {number}")
