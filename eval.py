@@ -4,6 +4,9 @@
     python3 eval.py --workdir=runs/quickstart --matrix='router.k=1,2,4;dispatch.capacity_factor=1.0,none'
     python3 eval.py --workdir=runs/quickstart --generate='def main('
 
+It prints quality by domain and routing, then the triad: scores with bootstrap intervals, cost, and the same
+scores on other data (`evaluation.generalisation` of the config).
+
 Overrides (`--config.router.k=4`) change how the checkpoint is run. Evaluation drops no token unless asked:
 `dispatch.capacity_factor`, given here, is the capacity of this evaluation.
 """
@@ -17,17 +20,20 @@ from absl import flags
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe import cli, programs, setup
+from moe import cli, setup
 from moe.axes import MESH_AXES
 from moe.config import ConfigDict
 from moe.data import tokenizers
+from moe.data.router_valid import ROUTER_VALID
 from moe.evaluation import matrix, tables
 from moe.evaluation.causality import check_generation
 from moe.evaluation.compare import Numbers, compare, make_comparison_step, saturation_metrics
-from moe.evaluation.evaluate import best_metric
+from moe.evaluation.evaluate import Evaluation, best_metric
 from moe.evaluation.generate import check_numbers, generate, until
 from moe.evaluation.kept_choices import history
 from moe.evaluation.record import write_json
+from moe.evaluation.triad import triad_table
+from moe.judging import Check, Judge, parameter_shapes, prepare_checks
 from moe.model.build import model_size
 from moe.parallel import compile_cache, distributed
 from moe.parallel.host_memory import reuse_buffers
@@ -40,7 +46,13 @@ from moe.training.workdir import read_config
 FLAGS = flags.FlagValues()  # of this program: another one may import it
 flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=FLAGS)
 flags.DEFINE_string("step", "latest", "Checkpoint: latest, best or a number.", flag_values=FLAGS)
-flags.DEFINE_enum("split", "valid", ["valid", "test"], "Which text.", flag_values=FLAGS)
+flags.DEFINE_string("split", "valid", "Which data: any split but train.", flag_values=FLAGS)
+flags.DEFINE_bool(
+    "generalisation",
+    True,
+    "Evaluates on train and on the data of evaluation.generalisation too, and compares.",
+    flag_values=FLAGS,
+)
 flags.DEFINE_string(
     "matrix", None, "Combinations, as key=value,value;key=value,value.", flag_values=FLAGS
 )
@@ -101,7 +113,10 @@ def main(argv: list[str]) -> int:
         run = setup.set_up(config_for(saved, overrides), tokenizer, training=False)
         if FLAGS.generate is not None:
             check_generation(run.spec)
+        check_split(run, FLAGS.split)
         references = reference_steps(run, FLAGS.reference_step, step, checkpointer)
+        evaluates = FLAGS.generate is None and combinations is None
+        checks = prepare_checks(run, FLAGS.split) if evaluates and FLAGS.generalisation else []
         runs = [variant(run, saved, overrides, pairs) for pairs in combinations or []]
         with jax.set_mesh(run.mesh):
             checkpoint = restore(run, checkpointer, step)
@@ -111,8 +126,17 @@ def main(argv: list[str]) -> int:
                 print_matrix(checkpoint, workdir, combinations, runs)
             else:
                 others = (restore(run, checkpointer, other) for other in references)
-                print_evaluation(checkpoint, workdir, overrides, others)
+                print_evaluation(checkpoint, workdir, overrides, others, checks)
     return 0
+
+
+def check_split(run: Run, split: str) -> None:
+    """Raises ConfigError for a split that the data lacks, or that the model was trained on."""
+    held_out = [name for name in run.data.splits if name not in ("train", ROUTER_VALID)]
+    if split not in held_out:
+        raise cli.ConfigError(
+            f"--split={split} is no split that was held out of training; there are {', '.join(held_out)}."
+        )
 
 
 def _step(text: str) -> int | str:
@@ -182,19 +206,13 @@ def variant(
             )
     config = config_for(saved, [*overrides, *pairs])
     made = setup.set_up(config, run.data.tokenizer, training=False, data=run.data)
-    if _shapes(made) != _shapes(run):
+    if parameter_shapes(made) != parameter_shapes(run):
         text = ";".join(f"{key}={value}" for key, value in pairs)
         raise cli.ConfigError(
             f"--matrix: {text} makes a model of other parameters or router state than the "
             "checkpoint has. Vary what leaves both as they are, such as router.k."
         )
     return made
-
-
-def _shapes(run: Run) -> dict[str, Any]:
-    state = abstract_state(run.spec, run.transformation, run.shardings)
-    leaves = jax.tree_util.tree_leaves_with_path((state.params, state.router))
-    return {jax.tree_util.keystr(path): (leaf.shape, leaf.dtype) for path, leaf in leaves}
 
 
 def restore(run: Run, checkpointer: Checkpointer, step: int) -> Checkpoint:
@@ -205,19 +223,18 @@ def restore(run: Run, checkpointer: Checkpointer, step: int) -> Checkpoint:
     return Checkpoint(run, step, state["params"], state["router"])
 
 
-def measure(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The record of an evaluation of `--split`."""
+def measure(checkpoint: Checkpoint, judge: Judge) -> tuple[dict[str, Any], Evaluation]:
+    """The record of an evaluation of `--split`, and what it was made of."""
     run = checkpoint.run
-    record, _ = setup.evaluate_split(
+    return setup.evaluate_split(
         run,
-        programs.compile_eval_step(run, checkpoint.params, checkpoint.router),
+        judge.step(run),
         checkpoint.params,
         checkpoint.router,
         split=FLAGS.split,
         step=checkpoint.step,
         size=model_size(run.spec, run.config.data.sequence_length),
     )
-    return record
 
 
 def against(
@@ -258,9 +275,12 @@ def print_evaluation(
     workdir: Path,
     overrides: Sequence[tuple[str, str]],
     others: Iterable[Checkpoint],
+    checks: list[Check],
 ) -> None:
-    """Prints the table and writes the JSON; with overrides it goes to a folder of its own."""
-    record = measure(checkpoint)
+    """Prints the tables and writes the JSON; with overrides it goes to a folder of its own."""
+    run, judge = checkpoint.run, Judge(Numbers(checkpoint.params, checkpoint.router))
+    record, evaluation = measure(checkpoint, judge)
+    record |= judge.judge(run, FLAGS.split, record, evaluation, checks)
     if not overrides:  # which could route otherwise than the run did
         churn, curve = history(workdir, FLAGS.split, checkpoint.step)
         record["metrics"] |= churn
@@ -276,7 +296,8 @@ def print_evaluation(
         path = workdir / "eval" / "overrides" / f"{name}-{slug}.json"
     if jax.process_index() == 0:
         write_json(path, record)
-        print(tables.evaluation_table(record))
+        print(tables.evaluation_table(record, run.config.task.name))
+        print(f"\n{triad_table(record['triad'])}\n")
         print(f"written to {path}")
 
 
@@ -289,7 +310,8 @@ def print_matrix(
     """One row a combination, each the same checkpoint run in another way."""
     rows = []
     for pairs, run in zip(combinations, runs, strict=True):
-        record = measure(checkpoint._replace(run=run))
+        judge = Judge(Numbers(checkpoint.params, checkpoint.router))
+        record, _ = measure(checkpoint._replace(run=run), judge)
         rows.append({"overrides": dict(pairs), **record})
     if jax.process_index() == 0:
         path = workdir / "eval" / "matrix" / f"{FLAGS.split}-{checkpoint.step}.json"

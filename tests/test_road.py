@@ -196,9 +196,20 @@ def test_eval_writes_table_and_json(workdir):
         "model",
         "causality",
         "sample",
+        "favourites",
+        "modality_load",
+        "triad",
     }
     assert table["all"][2] == f"{record['metrics']['bits_per_byte']:.4f}"
     assert set(record["domains"]) == {"code", "prose"}
+    triad = record["triad"]
+    bits = triad["accuracy"]["bits_per_byte"]
+    assert bits["value"] == pytest.approx(record["metrics"]["bits_per_byte"], rel=1e-5)
+    assert bits["low"] < bits["value"] < bits["high"]
+    assert table["bits_per_byte"][0] == f"{bits['value']:.4f}"
+    gap = triad["generalisation"]["train"]["bits_per_byte"]
+    assert gap["difference"] == pytest.approx(gap["value"] - bits["value"])
+    assert table["train"][0] == f"{gap['value']:.4f}"
     assert np.shape(record["domain_load"]["code"]) == (2, 8)
     assert np.shape(record["sample"]["experts"]) == (2, 32, 2)
     assert len(record["sample"]["tokens"]) == 32

@@ -82,6 +82,8 @@ def test_record_has_the_interface():
         "model",
         "causality",
         "sample",
+        "favourites",
+        "modality_load",
     }
     assert record["metrics"]["speed/tokens_per_second"] == 1234.5
     assert record["model"] == {
