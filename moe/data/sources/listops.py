@@ -50,7 +50,7 @@ class Listops(PackageBuilder):
     """Expressions in the grammar of ListOps and their values, a class for each digit, all equally frequent.
 
     `test_long` has expressions up to twice as long as those of the other splits. The domain is the
-    depth of lists. A token has at most 3 bytes: rows of 256 hold `short`, of 1,024 `medium`; `lra`
+    outermost operator. A token has at most 3 bytes: rows of 256 hold `short`, of 1,024 `medium`; `lra`
     has the lengths of the Long Range Arena.
     An example is a function of config, split and index alone. Licence of the data: none is needed.
     """
@@ -92,16 +92,16 @@ class Listops(PackageBuilder):
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
         config: Any = self.builder_config
         for index in range(config.train if split == "train" else config.held_out):
-            text, value, depth = make_expression(config, split, index)
-            yield index, {"text": text, "label": str(value), "domain": f"depth {depth}"}
+            text, value, operator = make_expression(config, split, index)
+            yield index, {"text": text, "label": str(value), "domain": operator}
 
 
 class Expression(NamedTuple):
-    """An expression with its value and the depth of its lists."""
+    """An expression with its value and its outermost operator."""
 
     text: str
     value: int
-    depth: int
+    operator: str
 
 
 def make_expression(config: ListopsConfig, split: str, index: int) -> Expression:
@@ -116,16 +116,12 @@ def make_expression(config: ListopsConfig, split: str, index: int) -> Expression
     while not low <= length(shape) <= high:
         shape = _draw_list(rng, config, config.deepest, high) or ()
     text = " ".join(_fill(shape, operator, value, rng))
-    return Expression(text, value, _depth(shape))
+    return Expression(text, value, operator)
 
 
 def length(shape: Shape) -> int:
     """The number of tokens of an expression."""
     return 2 + sum(map(length, shape)) if shape else 1
-
-
-def _depth(shape: Shape) -> int:
-    return 1 + max(map(_depth, shape)) if shape else 0
 
 
 def _draw_list(rng: random.Random, config: ListopsConfig, depth: int, budget: int) -> Shape | None:
@@ -180,7 +176,7 @@ def solve(text: str) -> int:
     for number, token in enumerate(text.split(" "), start=1):
         if token.startswith("[") and token[1:] in OPERATORS:
             stack.append((token[1:], []))
-        elif token in "0123456789" and token:
+        elif len(token) == 1 and token in "0123456789":
             stack[-1][1].append(int(token))
         elif token == "]" and len(stack) > 1 and stack[-1][1]:
             operator, values = stack.pop()

@@ -136,7 +136,7 @@ def make_example(config: NeedleConfig, haystack: Haystack, split: str, index: in
     # A space follows every word and every needle but the last: hence the 1.
     passage = _draw_words(haystack, config.size * _TIMES[split] + 1 - others, rng)
     quarter = index % QUARTERS
-    bounds = [len(passage) * i // QUARTERS for i in (quarter, quarter + 1)]
+    bounds = [-(-len(passage) * i // QUARTERS) for i in (quarter, quarter + 1)]
     places = [rng.randrange(*bounds), *(rng.randrange(len(passage)) for _ in needles[1:])]
     for place, needle in sorted(zip(places, needles, strict=True), reverse=True):
         passage.insert(place, needle)
@@ -145,11 +145,11 @@ def make_example(config: NeedleConfig, haystack: Haystack, split: str, index: in
 
 def _draw_words(haystack: Haystack, size: int, rng: random.Random) -> list[str]:
     """Draws as many words in a row as fit into `size` bytes, a space after each."""
-    last = int(np.searchsorted(haystack.ends, haystack.ends[-1] - size, side="right")) - 1
-    if last < 0:
+    if size > haystack.ends[-1]:
         raise DataError(
             f"The novels of this split have {haystack.ends[-1]} bytes, too few for a passage of {size}."
         )
+    last = int(np.searchsorted(haystack.ends, haystack.ends[-1] - max(size, 0)))
     start = rng.randrange(last + 1)
     end = int(np.searchsorted(haystack.ends, haystack.ends[start] + size, side="right")) - 1
     if end - start < QUARTERS:
