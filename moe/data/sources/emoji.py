@@ -50,6 +50,11 @@ PACKAGES = (
     ),
 )
 
+_REASONS = {
+    "blank": "emoji that the font has no picture of",
+    "several": "emoji that the font draws as several",
+}
+
 Members = Mapping[str, Reader]
 
 
@@ -101,13 +106,10 @@ class EmojiNames(PackageBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict]]]:
         del dl_manager
-        found, skipped = pictures(self.members(_FONT), self.members(_NAMES))
-        blank, several = (len(skipped[reason]) for reason in ("blank", "several"))
-        logging.warning(
-            "emoji: %d pictures; left out: %d that the font lacks, %d that it draws as several",
-            *(len(found), blank, several),
-        )
-        self.info.metadata["left_out"] = skipped
+        found, left_out = pictures(self.members(_FONT), self.members(_NAMES))
+        skipped = {_REASONS[reason]: len(codes) for reason, codes in left_out.items() if codes}
+        self.info.metadata["skipped"] = skipped
+        logging.warning("%s: %d pictures; left out %s", self.name, len(found), skipped)
         return {
             split: self._generate_examples(found, split) for split in ("train", "valid", "test")
         }
