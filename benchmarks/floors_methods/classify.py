@@ -46,21 +46,22 @@ def tfidf_regression(
     )
     fitted = features.fit_transform(train[0])
     held_out = features.transform(valid[0]), valid[1]
-    return regression((fitted, train[1]), held_out, features.transform(texts))
+    return regression((fitted, train[1]), held_out, features.transform(texts), tolerance=1e-6)
 
 
-def regression(train: tuple, valid: tuple, features, *, iterations: int = 1000) -> np.ndarray:
+def regression(train: tuple, valid: tuple, features, *, tolerance: float = 1e-4) -> np.ndarray:
     """Logistic regression with the weight decay that is best on the valid split.
 
     Args:
         train: features [n F], dense or sparse, and classes [n].
         valid: the same of the valid split; without examples, the middle strength is taken.
         features: of the examples to class [m F].
-        iterations: of L-BFGS, at most.
+        tolerance: greatest slope of the mean loss at which L-BFGS ends. Rare features have small
+            slopes from the start, so words need a small one.
     """
     x, y = train
     strengths = STRENGTHS if len(valid[1]) else STRENGTHS[1:2]
-    models = [LogisticRegression(C=c, max_iter=iterations, tol=1e-3).fit(x, y) for c in strengths]
+    models = [LogisticRegression(C=c, max_iter=1000, tol=tolerance).fit(x, y) for c in strengths]
     if len(models) == 1:
         return models[0].predict(features)
     return max(models, key=lambda model: model.score(*valid)).predict(features)
