@@ -73,7 +73,7 @@ def prepare_checks(run: setup.Run, split: str) -> list[Check]:
     return found
 
 
-def _config_of(config: ConfigDict, name: str, changes: Mapping[str, Any]) -> ConfigDict:
+def _config_of(config: ConfigDict, name: str, changes: Any) -> ConfigDict:
     """The run's config with other values in the section `data`."""
     if not isinstance(changes, Mapping):
         raise ConfigError(
