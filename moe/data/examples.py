@@ -5,6 +5,7 @@ samples of sound) and where each example starts in it. A directory that exists i
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -155,34 +156,56 @@ def _write(records: Records, fields: Fields, tokenizer: Tokenizer, path: Path, s
     digest = hashlib.sha256(tokenizer.to_json().encode())
     meta: dict[str, Any] = {"splits": {}}
     for split in records.splits:
-        writers: dict[str, _Writer] = {}
-        domain, label, skipped = [], [], 0
-        for number, record in enumerate(records.read(split)):
-            try:
-                made = _encoded(record, fields, tokenizer, records.features, (split, number))
-            except DataError as error:
-                skipped += 1
-                if skipped > skip:
-                    allowed = f"; data.skip_bad={skip} records of a split may be" if skip else ""
-                    raise DataError(f"{records.name}: {error}{allowed}") from error
-                continue
-            for name, value in made.arrays.items():
-                if name not in writers:
-                    writers[name] = _Writer(path / f"{split}.{name}", value.dtype)
-                writers[name].add(value, made.fixed.get(name))
-                digest.update(value.tobytes())
-            domain.append(domains.setdefault(made.domain, len(domains)))
-            label.append(made.label)
-        if not domain:
+        made = _split_examples(records, split, fields, tokenizer, skip)
+        found = _write_split(made, path, split, domains, digest)
+        if not found["examples"]:
             raise DataError(f"{records.name}: the split {split} has no example.")
-        digest.update(np.array(label, np.int32).tobytes())
-        np.save(path / f"{split}.domain.npy", np.array(domain, np.int32))
-        np.save(path / f"{split}.label.npy", np.array(label, np.int32))
-        kept = {name: writer.close() for name, writer in writers.items()}
-        meta["splits"][split] = {"fields": kept, "skipped": skipped}
+        meta["splits"][split] = found
     meta["domains"] = list(domains)
     meta["fingerprint"] = digest.hexdigest()[:32]
     (path / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _split_examples(
+    records: Records, split: str, fields: Fields, tokenizer: Tokenizer, skip: int
+) -> Iterator["_Encoded | None"]:
+    """Encodes the records of a split; None for a bad one that may be left out."""
+    skipped = 0
+    for number, record in enumerate(records.read(split)):
+        try:
+            yield _encoded(record, fields, tokenizer, records.features, (split, number))
+        except DataError as error:
+            skipped += 1
+            if skipped > skip:
+                allowed = f" data.skip_bad={skip} bad records of a split may be left out."
+                raise DataError(f"{records.name}: {error}{allowed}") from error
+            yield None
+
+
+def _write_split(
+    made: Iterator["_Encoded | None"], path: Path, split: str, domains: dict[str, int], digest
+) -> dict[str, Any]:
+    """Writes the files of one split, and numbers the domains that it meets."""
+    writers: dict[str, _Writer] = {}
+    domain, label, skipped = [], [], 0
+    with contextlib.ExitStack() as stack:
+        for example in made:
+            if example is None:
+                skipped += 1
+                continue
+            for name, value in example.arrays.items():
+                if name not in writers:
+                    writer = _Writer(path / f"{split}.{name}", value.dtype)
+                    writers[name] = stack.enter_context(contextlib.closing(writer))
+                writers[name].add(value, example.fixed.get(name))
+                digest.update(value.tobytes())
+            domain.append(domains.setdefault(example.domain, len(domains)))
+            label.append(example.label)
+        kept = {name: writer.finish() for name, writer in writers.items()}
+    digest.update(np.array(label, np.int32).tobytes())
+    np.save(path / f"{split}.domain.npy", np.array(domain, np.int32))
+    np.save(path / f"{split}.label.npy", np.array(label, np.int32))
+    return {"fields": kept, "skipped": skipped, "examples": len(domain)}
 
 
 class _Encoded(NamedTuple):
@@ -207,8 +230,11 @@ class _Writer:
         self._file.write(value.tobytes())
         self._starts.append(self._starts[-1] + len(value))
 
-    def close(self) -> dict[str, Any]:
+    def close(self) -> None:
         self._file.close()
+
+    def finish(self) -> dict[str, Any]:
+        """Writes where each example starts, and tells what the file holds."""
         np.save(f"{self._path}.starts.npy", np.array(self._starts, np.int64))
         return {"dtype": self._dtype.name, "shape": self._shape}
 

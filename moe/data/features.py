@@ -11,7 +11,7 @@ from moe.errors import ConfigError
 KINDS = ("text", "image", "audio")
 # What each task reads where the config names nothing: (input, target), the first that is there.
 _DEFAULTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "classify": (("text", "image", "audio", "sentence", "source"), ()),
+    "classify": (("image", "audio", "text", "sentence", "source"), ()),
     "seq2seq": (("source", "image"), ("target", "text")),
     "ctc": (("audio",), ("text", "target")),
     "match": (("image", "source"), ("text", "target")),

@@ -1,0 +1,34 @@
+"""Answering: which word does a definition belong to? Both as vectors, compared.
+
+    python3 scripts/prepare_data.py definitions
+    python3 train.py --config=configs/definitions.py --workdir=runs/definitions
+    python3 eval.py --workdir=runs/definitions --split=test
+
+Definitions of WordNet, held out by definition; a word may occur on both sides with another sense.
+After a colon: `dense`, the dense model of equal active FLOPs, or `router=NAME`.
+"""
+
+from moe.config import ConfigDict, default_config, import_beside
+
+twins = import_beside(__file__, "presets/twins.py")
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The sparse model, or with `arg` one of its twins."""
+    config = default_config()
+    config.steps = 900
+    config.task.name = "match"
+    config.model.update({"num_layers": 2, "width": 128, "heads": 4, "kv_heads": 4, "head_dim": 32})
+    config.model.update({"num_experts": 8, "expert_width": 128})
+    config.router.k = 2
+    config.data.update({"name": "definitions", "batch_size": 128, "sequence_length": 40})
+    with config.ignore_type():
+        config.data.update({"tokenizer": "bpe", "vocab_size": 8192})
+        config.evaluation.generalisation = {
+            "new_words": {"split": "test_new_words"},
+            "typos": {"corrupt": "typos:0.05"},
+        }
+    config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100})
+    config.evaluation.every = 300
+    config.checkpoint.every = 300
+    return twins.apply(config, arg, "definitions.py")

@@ -1,0 +1,34 @@
+"""Language in many domains: which expert takes novels, scripture, code, German, Chinese?
+
+    python3 scripts/prepare_data.py novels scripture german chinese dictionary news reviews
+    python3 train.py --config=configs/domains.py --workdir=runs/domains
+    python3 eval.py --workdir=runs/domains --split=test
+
+Bytes of nine domains at equal weight, held out by whole document.
+After a colon: `dense`, the dense model of equal active FLOPs, or `router=NAME`.
+"""
+
+from moe.config import ConfigDict, default_config, import_beside
+
+twins = import_beside(__file__, "presets/twins.py")
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The sparse model, or with `arg` one of its twins."""
+    config = default_config()
+    config.steps = 500
+    config.model.update({"num_layers": 4, "width": 128, "heads": 4, "kv_heads": 4, "head_dim": 32})
+    config.model.update({"num_experts": 16, "expert_width": 96})
+    config.router.k = 4
+    config.data.update(
+        {
+            "name": "mix:novels,scripture,stdlib,german,chinese,dictionary,news,reviews",
+            "batch_size": 16,
+            "sequence_length": 256,
+        }
+    )
+    with config.ignore_type():
+        config.evaluation.update({"every": 250, "batches": 40})
+    config.optimizer.update({"learning_rate": 3e-3, "warmup_steps": 50})
+    config.checkpoint.every = 250
+    return twins.apply(config, arg, "domains.py")

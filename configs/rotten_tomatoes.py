@@ -1,0 +1,34 @@
+"""Classification: is a sentence of a film review for or against?
+
+    python3 scripts/prepare_data.py rotten_tomatoes imdb
+    python3 train.py --config=configs/rotten_tomatoes.py --workdir=runs/rotten_tomatoes
+    python3 eval.py --workdir=runs/rotten_tomatoes --split=test
+
+8,530 sentences, split by text.
+After a colon: `dense`, the dense model of equal active FLOPs, or `router=NAME`.
+"""
+
+from moe.config import ConfigDict, default_config, import_beside
+
+twins = import_beside(__file__, "presets/twins.py")
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The sparse model, or with `arg` one of its twins."""
+    config = default_config()
+    config.steps = 500
+    config.task.name = "classify"
+    config.model.update({"num_layers": 2, "width": 96, "heads": 4, "kv_heads": 4, "head_dim": 24})
+    config.model.update({"num_experts": 8, "expert_width": 96, "dropout": 0.4})
+    config.router.k = 2
+    config.data.update({"name": "rotten_tomatoes", "batch_size": 64, "sequence_length": 64})
+    with config.ignore_type():
+        config.data.update({"tokenizer": "bpe", "vocab_size": 8192})
+        config.evaluation.generalisation = {
+            "other_domain": {"name": "imdb", "sequence_length": 256},
+            "typos": {"corrupt": "typos:0.05"},
+        }
+    config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 50})
+    config.evaluation.every = 100
+    config.checkpoint.every = 100
+    return twins.apply(config, arg, "rotten_tomatoes.py")
