@@ -6,6 +6,7 @@ import pytest
 
 from moe import setup
 from moe.dryrun.ideal import (
+    Part,
     causal_saving,
     exchange_traffic,
     ideal_parts,
@@ -14,6 +15,7 @@ from moe.dryrun.ideal import (
     state_bytes,
 )
 from moe.model.build import model_size, model_spec
+from moe.model.spec import Stem
 from moe.training.state import abstract_state
 from tests import tiny
 from tests.dryrun.common import planned
@@ -97,6 +99,18 @@ def test_forward_is_the_models_own_count_and_the_masked_pairs(kind):
     forward = sum(part.forward for part in ideal_parts(model, T, S))
     masked = 2 * pair_flops(model, T, S) * (1 - (S + 1) / (2 * S))
     assert forward - masked == pytest.approx(T * model_size(model, S).flops_per_token)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_pairs_of_pictures_take_all_pairs_of_positions_and_a_stem(remat):
+    more = (*DENSE, "data.sequence_length=16", "task.name=match", f"model.remat={remat}")
+    model = model_spec(tiny.config(*more), V, stem=Stem("patches", frames=4, size=6))
+    parts = {part.name: part for part in ideal_parts(model, T, S)}
+    assert parts["stem"] == Part("stem", 2.0 * T * 6 * D * 4 / S, 0.0)
+    assert parts["logits"] == Part("logits", 2.0 * T * D * D * 2 / S, 0.0)
+    forward = sum(part.forward for part in parts.values())
+    assert forward == pytest.approx(T * model_size(model, S).flops_per_token)
+    assert causal_saving(model, T, S) == 0.0
 
 
 def test_total_is_three_times_forward_and_the_recomputation():
