@@ -8,6 +8,7 @@ from moe.config import ConfigDict, default_config
 from moe.data.batches import RowData
 from moe.data.example_data import example_data
 from moe.data.examples import open_records
+from moe.data.pair_records import pair_records
 from moe.data.sources import SOURCES
 from moe.data.sources.catalogue import CATALOGUE
 from moe.data.sources.prepared import find_prepared
@@ -75,8 +76,9 @@ def make_data(
             f"set prior.every=0 for task.name={task!r}."
         )
     name = values.pop("name")
+    files = values["files"]
     values = {key: value for key, value in values.items() if key not in _OF_TEXT}
-    records = open_records(find_prepared(name, root))
+    records = pair_records(files) if name == "pairs" else open_records(find_prepared(name, root))
     return example_data(records, task=task, prefix=prefix, **values, **of_examples)
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from moe.data.open import make_data
-from moe.data.text import TextData
 from moe.data.router_valid import ROUTER_VALID
 from moe.data.sources import open_source
 from moe.data.sources.types import Request
 from moe.data.store import document_keys
+from moe.data.text import TextData
 from moe.errors import CheckpointError, ConfigError, DataError
 
 
