@@ -92,7 +92,8 @@ def open_records(path: Path) -> Records:
     check_format(builder, path)
     names = tuple(builder.info.splits)
     slices = split_slices(names, path)
-    slices |= {name: name for name in names if name not in slices.values()}
+    extra = [name for name in names if name not in (*slices, *slices.values())]
+    slices |= {name: name for name in extra}
 
     def read(split: str) -> Iterator[dict[str, Any]]:
         try:
