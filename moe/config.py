@@ -328,6 +328,7 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
     "evaluation.batches": (int,),
     "evaluation.primary": (str,),
     "evaluation.decode_examples": (int,),
+    "evaluation.generalisation": (dict,),
 }
 
 

@@ -52,7 +52,8 @@ def prepare_checks(run: setup.Run, split: str) -> list[Check]:
     section, found = run.config.evaluation, []
     if section.train_gap:
         found.append(Check(TRAIN_GAP, run, "train", section.train_gap))
-    for name, changes in section.generalisation.to_dict().items():
+    checks = section.generalisation  # None where an override says none
+    for name, changes in (checks.to_dict() if checks else {}).items():
         made = setup.set_up(
             _config_of(run.config, name, changes), run.data.tokenizer, training=False
         )
