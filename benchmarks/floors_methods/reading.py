@@ -7,7 +7,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from moe.data.audio import sample_rate
+from moe.data.sources import SOURCES, open_source
 from moe.data.sources.prepared import find_prepared
+from moe.data.sources.types import SPLITS, Request
 
 _CHUNK = 1024  # examples read at once
 
@@ -80,6 +82,35 @@ class Prepared:
         if isinstance(names, tfds.features.ClassLabel):
             rows = [row | {"domain": names.int2str(int(row["domain"]))} for row in rows]
         return {key: [_plain(row[key]) for row in rows] for key in self._builder.info.features}
+
+
+class Texts:
+    """A text source that needs no preparation by hand, such as `stdlib`, with `text` and `domain`."""
+
+    splits = SPLITS
+
+    def __init__(self, name: str, directory: Path):
+        self.name = name
+        self._source = open_source(name, Request("", directory, None, "text"))
+
+    def columns(self, split: str) -> Columns:
+        """All documents of a split, in their order."""
+        found = list(self._source.documents(split))
+        return {"text": [one.text for one in found], "domain": [one.domain for one in found]}
+
+    def rate(self, feature: str) -> int:
+        """Texts have no samples."""
+        raise KeyError(feature)
+
+
+def open_data(name: str, directory: Path) -> Data:
+    """A data set of the catalogue, or a source of texts.
+
+    Raises:
+        ConfigError: no such name.
+        DataError: it is not prepared there.
+    """
+    return Texts(name, directory) if name in SOURCES else Prepared(name, directory)
 
 
 def _plain(value: Any) -> Any:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from benchmarks import floors
-from benchmarks.floors_methods import result, tasks
+from benchmarks.floors_methods import reading, result, tasks
 from benchmarks.floors_methods.reading import Prepared
+from moe.data.sources.types import Document, Source
 from moe.errors import ConfigError, DataError
 from tests.data.tiny_builder import REVIEWS, TinyReviews
 
@@ -228,8 +229,18 @@ def test_prepared_columns(tmp_path):
     assert data.columns("valid") == {"review": [], "domain": [], "number": []}
 
 
+def test_texts_of_a_source(tmp_path, monkeypatch):
+    documents = {"train": [Document("one", "code"), Document("two", "prose")], "test": []}
+    source = Source("stdlib", "", lambda split: iter(documents[split]))
+    monkeypatch.setattr(reading, "open_source", lambda name, request: source)
+    data = reading.open_data("stdlib", tmp_path)
+    assert data.columns("train") == {"text": ["one", "two"], "domain": ["code", "prose"]}
+    assert data.columns("test") == {"text": [], "domain": []}
+    assert "test" in data.splits
+
+
 def test_every_task_is_of_the_catalogue():
-    assert set(floors.measured()) <= set(floors.CATALOGUE)
+    assert set(floors.measured()) <= {*floors.CATALOGUE, "stdlib"}
     assert floors.measured()["novels"] is tasks.language
 
 
