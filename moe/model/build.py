@@ -6,6 +6,7 @@ from flax import nnx
 import numpy as np
 
 from moe.config import ConfigDict, require
+from moe.config_rules import CAUSAL_TASKS
 from moe.model import head
 from moe.model.attention_table import check_attention, find_attention
 from moe.model.depth import check as check_depth
@@ -74,7 +75,7 @@ def model_spec(
         router=spec,
         attention=attention,
         sequence_length=config.data.sequence_length,
-        causal=task["name"] in head.CAUSAL_TASKS,
+        causal=task["name"] in CAUSAL_TASKS,
         output=head.OUTPUTS[task["name"]],
         classes=classes,
         stem=stem,
@@ -164,7 +165,7 @@ def _check_attention(config: ConfigDict) -> Named:
 
 def may_see_ahead(config: ConfigDict) -> bool:
     """Whether a token may depend on later ones: what generates nothing reads whole rows."""
-    return config.allow_noncausal or config.task.name not in head.CAUSAL_TASKS
+    return config.allow_noncausal or config.task.name not in CAUSAL_TASKS
 
 
 def takes_padding(spec: ModelSpec) -> bool:

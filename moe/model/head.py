@@ -23,7 +23,6 @@ OUTPUTS = {  # task -> what a model gives: logits of positions, of a row's class
     "ctc": "tokens",
     "match": "pair",
 }
-CAUSAL_TASKS = ("language", "seq2seq")  # those that generate
 START_LOG_SCALE, MAX_LOG_SCALE = math.log(1 / 0.07), math.log(100.0)  # of CLIP
 POOL_NOISE = 2  # folded into the key of a pass, whose stacks of layers take 0 and 1
 
