@@ -119,7 +119,7 @@ class Block(nnx.Module):
         keys = (None,) * 5 if key is None else jax.random.split(key, 5)
         x, memory = stream.x, stream.memory
         attended = self._attend(x, positions, segments, call, key, cache, start)
-        x = x + _dropout(attended.output, call.dropout, keys[0])
+        x = x + drop_out(attended.output, call.dropout, keys[0])
         reports, history = [], []
         parts = [(self.mlp_norm, self.mlp, keys[1], keys[2])]
         if self.kind == "double":
@@ -137,7 +137,7 @@ class Block(nnx.Module):
             else:
                 done = mlp(h, call, route_key, memory)
                 out, memory, reports = done.output, done.memory, [*reports, done.report]
-            x = x + _dropout(out, call.dropout, drop_key)
+            x = x + drop_out(out, call.dropout, drop_key)
         after = None
         if cache is not None:
             after = LayerCache(attended.cache, (*history, *cache.history[len(history) :]))
@@ -207,7 +207,8 @@ def out_scale(spec: ModelSpec) -> float:
     return (2 * spec.num_layers) ** -0.5
 
 
-def _dropout(x: Array, rate: Array | float | None, key: Array | None) -> Array:
+def drop_out(x: Array, rate: Array | float | None, key: Array | None) -> Array:
+    """Zeroes a share of the numbers and scales up the rest; nothing without a rate or a key."""
     if rate is None or key is None:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from moe.model import attention_table
 from moe.model.attention import RMSNorm
-from moe.model.block import Block, LayerCache, Layered, Stream
+from moe.model.block import Block, LayerCache, Layered, Stream, drop_out
 from moe.model.experts import fan_in_init, project
 from moe.model.head import PairHead, make_pool, pool_rows
 from moe.model.layer import Call, History, initial_memory, shared_gate
@@ -23,6 +23,7 @@ from moe.parallel.rules import constrain_batch
 from moe.routing.selection import ROUTING_NAME
 from moe.routing.types import LayerReport
 
+EMBEDDING_NOISE = 3  # folded into the key of a pass; stacks of layers take 0 and 1, pools 2
 # name -> policy of what the backward pass keeps; the routing decision is always kept.
 _keep_routing = checkpoint_policies.save_only_these_names(ROUTING_NAME)
 REMAT: dict[str, Callable | None] = {
@@ -124,7 +125,8 @@ class Transformer(nnx.Module):
             cache: what layers keep of earlier positions, leading axis layers (generation).
             start: how many positions of the cache are filled.
         """
-        stream = Stream(self._embedded(call))
+        noise = None if call.key is None else jax.random.fold_in(call.key, EMBEDDING_NOISE)
+        stream = Stream(drop_out(self._embedded(call), call.dropout, noise))
         if self.spec.paths.jump > 0:
             stream = stream._replace(earlier=empty_history(self.spec.num_layers, stream.x))
         call = call._replace(
