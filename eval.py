@@ -33,7 +33,7 @@ from moe.evaluation.generate import check_numbers, generate, until
 from moe.evaluation.kept_choices import history
 from moe.evaluation.record import write_json
 from moe.evaluation.triad import triad_table
-from moe.judging import Check, Judge, parameter_shapes, prepare_checks
+from moe.judging import Check, Judge, check_judging, parameter_shapes, prepare_checks
 from moe.model.build import model_size
 from moe.parallel import compile_cache, distributed
 from moe.parallel.host_memory import reuse_buffers
@@ -114,6 +114,7 @@ def main(argv: list[str]) -> int:
         if FLAGS.generate is not None:
             check_generation(run.spec)
         check_split(run, FLAGS.split)
+        check_judging(run.config)
         references = reference_steps(run, FLAGS.reference_step, step, checkpointer)
         evaluates = FLAGS.generate is None and combinations is None
         checks = prepare_checks(run, FLAGS.split) if evaluates and FLAGS.generalisation else []

@@ -11,7 +11,7 @@ from moe.config import ConfigDict, nearest
 from moe.errors import ConfigError
 from moe.evaluation.bootstrap import Interval
 from moe.evaluation.compare import Numbers
-from moe.evaluation.decode import Decoding
+from moe.evaluation.decode import Decoding, check_decoding
 from moe.evaluation.evaluate import EvalStep, Evaluation
 from moe.evaluation.evidence import decode_split, domain_scores, split_scores
 from moe.evaluation.scores import primary_score
@@ -36,6 +36,27 @@ def parameter_shapes(run: setup.Run) -> dict[str, Any]:
     state = abstract_state(run.spec, run.transformation, run.shardings)
     leaves = jax.tree_util.tree_leaves_with_path((state.params, state.router))
     return {jax.tree_util.keystr(path): (leaf.shape, leaf.dtype) for path, leaf in leaves}
+
+
+def decoding_of(config: ConfigDict) -> Decoding | None:
+    """How the config wants targets to be written; None where it does not."""
+    section = config.evaluation
+    if section.decode == "none":
+        return None
+    return Decoding(
+        section.decode,
+        length=section.decode_length,
+        beam=section.beam,
+        alpha=section.length_penalty,
+    )
+
+
+def check_judging(config: ConfigDict) -> None:
+    """Raises ConfigError for a score or a way to decode that there is not."""
+    primary_score(config.task.name, config.evaluation.primary)
+    decoding = decoding_of(config)
+    if decoding is not None:
+        check_decoding(decoding)
 
 
 def prepare_checks(run: setup.Run, split: str) -> list[Check]:
@@ -118,8 +139,8 @@ class Judge:
 
     def hypotheses(self, run: setup.Run, split: str, batches: int | None) -> dict[int, str] | None:
         """What the model writes on a split; None where the config asks for nothing."""
-        section = run.config.evaluation
-        if section.decode == "none":
+        decoding = decoding_of(run.config)
+        if decoding is None:
             return None
         key = self._key(run)
         if key not in self._dispatches:
@@ -129,15 +150,10 @@ class Judge:
             self._dispatches[key],
             run.data,
             split,
-            Decoding(
-                section.decode,
-                length=section.decode_length,
-                beam=section.beam,
-                alpha=section.length_penalty,
-            ),
+            decoding,
             setup.root_key(run.config.seed, DECODING_KEY),
             batches=batches,
-            examples=section.decode_examples,
+            examples=run.config.evaluation.decode_examples,
         )
 
     def scores(self, check: Check) -> dict[str, Interval]:

@@ -107,3 +107,19 @@ def test_checks_that_cannot_work_are_refused_before_anything_compiles(task, chec
     run = run_of(task, checks)
     with pytest.raises(ConfigError, match=message):
         judging.prepare_checks(run, "test")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("primary", "belu", "evaluation.primary='belu'.*bleu"),
+        ("beam", 0, "beam=0"),
+        ("length_penalty", -0.5, r"length_penalty=-0\.5"),
+    ],
+)
+def test_scores_and_decodings_that_there_are_not(key, value, message):
+    config = tiny.config("task.name=seq2seq", "evaluation.decode=beam")
+    judging.check_judging(config)
+    config.evaluation[key] = value
+    with pytest.raises(ConfigError, match=message):
+        judging.check_judging(config)

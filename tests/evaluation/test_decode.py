@@ -12,9 +12,11 @@ from moe.dispatch.table import make_dispatch
 from moe.errors import ConfigError
 from moe.evaluation.beam import length_penalty
 from moe.evaluation.decode import Decoding, Prompts, decode, prompts_of
+from moe.model.build import model_spec
 from moe.model.layer import Call
+from moe.model.spec import Stem
 from moe.parallel.mesh import make_mesh
-from moe.training.state import bind
+from moe.training.state import bind, make_skeleton
 from tests import tiny
 
 P, N, END = 6, 5, 7
@@ -109,6 +111,42 @@ def test_a_prefix_sees_itself_both_ways():
     found = run(given._replace(prefix=inside))
     assert found.tolist() == [greedy(text, prefix=len(text)) for text in texts(given)]
     assert found.tolist() != run(given).tolist()
+
+
+def test_goes_on_from_a_picture():
+    """Prompts of 3 patches and a boundary, as captions have them."""
+    spec = model_spec(
+        tiny.config("task.name=seq2seq", "model.num_layers=1"),
+        tiny.VOCAB,
+        stem=Stem("patches", 3, 4),
+    )
+    skeleton = make_skeleton(spec)
+    params, router = tiny.numbers(skeleton)
+    whole = bind(skeleton, params, router)
+    frames = np.random.default_rng(1).normal(size=(2, 3, 4)).astype(np.float32)
+    tokens = np.array([[0, 0, 0, END, 0]] * 2, np.int32)
+    modality = np.array([[1, 1, 1, 0, 0]] * 2, np.int32)
+    given = Prompts(tokens, np.full(2, 4, np.int32), modality > 0, modality, frames)
+    found = decode(whole, reference, given, GREEDY, jax.random.key(0), boundary=None)
+
+    @jax.jit
+    def full(tokens):
+        at = jnp.broadcast_to(jnp.arange(4 + N), tokens.shape)
+        is_frame = at < 3
+        call = Call(
+            tokens,
+            at >= 0,
+            reference,
+            modality=is_frame.astype(jnp.int32),
+            prefix=is_frame,
+            frames=jnp.asarray(frames),
+            key=jax.random.key(0),
+        )
+        return whole(at, jnp.ones_like(at), call).logits
+
+    predicted = full(np.concatenate([tokens[:, :4], found], axis=1)).argmax(axis=-1)
+    np.testing.assert_array_equal(found, predicted[:, 3:-1])
+    assert (found[0] != found[1]).any()
 
 
 def test_padding_changes_nothing():
