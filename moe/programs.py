@@ -100,7 +100,8 @@ def jit_eval_step(run: setup.Run):
         run.token_bytes,
         len(run.data.domains),
         passes=run.config.evaluation.passes,
-        vocabulary=spec.causal and cells <= VOCABULARY_CELLS,
+        vocabulary=cells <= VOCABULARY_CELLS,
+        next_token=spec.causal,
         causal_gap=has_causal_gap(spec),
     )
     return _jit_of_model(run, step)

@@ -77,6 +77,7 @@ def make_eval_step(
     *,
     passes: int = 1,
     vocabulary: bool = False,
+    next_token: bool = True,
     causal_gap: bool = False,
 ) -> EvalStep:
     """Builds `(params, router state, batch, key) -> Evaluated`; jit it.
@@ -89,8 +90,8 @@ def make_eval_step(
         token_bytes: bytes that each id stands for.
         domains: `M`.
         passes: draws of the routers whose predictions are averaged, as an ensemble.
-        vocabulary: counts the choices of every token id too, `[L V E]` for input and predicted ids;
-            of language models only.
+        vocabulary: counts the choices of every token id too, `[L V E]`.
+        next_token: whether logits are of the next token, whose ids are then counted as well.
         causal_gap: runs the form of training too, for routers whose form of evaluation alone is
             causal.
     """
@@ -109,8 +110,9 @@ def make_eval_step(
             sums = EvalSums(by_domain, None, None, None, None, terms, batch.valid.sum())
             return Evaluated(sums, _examples(done, batch), None)
         requested = jnp.einsum("lbe,bm->lme", report.row_requested, member)
-        logits = done.logits if vocabulary else None
-        routing = routing_sums.routing_sums(report, batch, member, key, logits)
+        logits = done.logits if vocabulary and next_token else None
+        counted = token_bytes.shape[0] if vocabulary else None
+        routing = routing_sums.routing_sums(report, batch, member, key, logits, counted)
         causal = None
         if causal_gap:
             causal = comparison(done, run(params, router, batch, key=key, training=True))

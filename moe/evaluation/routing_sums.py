@@ -77,6 +77,7 @@ def routing_sums(
     member: Float[Array, "B M"],
     key: Key[Array, ""],
     logits: Float[Array, "B S V"] | None = None,
+    vocab_size: int | None = None,
 ) -> RoutingSums:
     """Sums of one batch.
 
@@ -85,7 +86,8 @@ def routing_sums(
         batch: the tokens that were routed.
         member: which domain each row is of, one-hot.
         key: of the permutations that make the control of chance; another one for every batch.
-        logits: of the next token; with them the vocabulary is counted too.
+        logits: of the next token; with them the predicted ids are counted too.
+        vocab_size: counts the ids of the tokens themselves. None counts no ids.
     """
     E, S = report.row_requested.shape[-1], batch.tokens.shape[1]
     hot = visits(report.expert, E)
@@ -105,15 +107,15 @@ def routing_sums(
         paths=(_fingerprints(hot), batch.valid),
         modalities=_modalities(weight, batch, of_tokens),
     )
-    if logits is None:
+    if vocab_size is None:
         return sums
     text = batch.valid if batch.modality is None else batch.valid & (batch.modality == TEXT)
     weight = weight * text[None, ..., None]  # the id where frames stand means nothing
-    vocab_size, predicted = logits.shape[-1], logits.argmax(axis=-1)
-    return sums._replace(
-        inputs=_vocabulary(weight, batch.tokens, text, vocab_size),
-        predictions=_vocabulary(weight, predicted, text, vocab_size),
-    )
+    sums = sums._replace(inputs=_vocabulary(weight, batch.tokens, text, vocab_size))
+    if logits is None:
+        return sums
+    predicted = logits.argmax(axis=-1)
+    return sums._replace(predictions=_vocabulary(weight, predicted, text, vocab_size))
 
 
 def _modalities(
@@ -206,7 +208,7 @@ def summarize(
         tables["routing/modalities"] = analysis.specialisation(choices, tokens)
     for name in ("inputs", "predictions"):
         found: Vocabulary | None = getattr(sums, name)
-        if found is not None:
+        if found is not None and found.tokens.any():  # rows of frames alone have no ids
             layers[f"vocabulary_{name}"] = analysis.vocabulary_specialisation(
                 found.choices, found.tokens
             )

@@ -234,8 +234,9 @@ def test_favourites():
     expert = np.stack([np.where(ids < E, ids, rng.integers(0, E, ids.shape)), ids % 3])
     report, batch = planted(expert.astype(np.int32), np.zeros((2, 200), np.int32))
     batch = batch._replace(tokens=jnp.asarray(ids), modality=None)
-    member, logits = jnp.ones((2, 1)), jnp.zeros((2, 200, 9))
-    sums = jax.jit(routing_sums.routing_sums)(report, batch, member, jax.random.key(1), logits)
+    member = jnp.ones((2, 1))
+    sums = routing_sums.routing_sums(report, batch, member, jax.random.key(1), vocab_size=9)
+    assert sums.predictions is None
     table = routing_sums.summarize(routing_sums.collect(sums), np.ones((2, 1, E)))[1]
     counts = analysis.visit_counts(np.asarray(report.expert), ids, 9, E)
     expected = analysis.favourites(counts)
@@ -255,11 +256,21 @@ def test_ids_where_frames_stand_are_not_counted():
     report, batch = planted(np.zeros((1, 2, 20), np.int32), modality)
     member = jnp.ones((2, 1))
     logits = jnp.zeros((2, 20, 5)).at[..., 2].set(1.0)
-    sums = jax.jit(routing_sums.routing_sums)(report, batch, member, jax.random.key(0), logits)
+    sums = routing_sums.routing_sums(report, batch, member, jax.random.key(0), logits, 5)
     text = int((np.asarray(batch.valid) & (modality == 0)).sum())
     assert text < int(batch.valid.sum())
     np.testing.assert_array_equal(sums.inputs.tokens, [text, 0, 0, 0, 0])
     np.testing.assert_array_equal(sums.predictions.choices[0, :, 0], [0, 0, text, 0, 0])
+
+
+def test_rows_of_frames_alone_have_no_ids():
+    report, batch = planted(np.zeros((1, 2, 8), np.int32), np.ones((2, 8), np.int32))
+    sums = routing_sums.routing_sums(
+        report, batch, jnp.ones((2, 1)), jax.random.key(0), vocab_size=5
+    )
+    values, tables = routing_sums.summarize(routing_sums.collect(sums), np.ones((1, 1, E)))
+    assert "routing/vocabulary_inputs" not in values
+    assert tables["routing/favourites"] == [[[]] * E]
 
 
 def test_paths(whole):
