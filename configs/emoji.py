@@ -5,9 +5,9 @@
     python3 eval.py --workdir=runs/emoji --split=test
 
 1,920 pictures with names in four languages, held out by picture.
-After a colon: `dense`, the dense model of equal active FLOPs, or `router=NAME`.
-
-Experts are one pool for both; `:router=modality_pools` gives each its own.
+After a colon, with commas between: `caption`, which writes the name behind the picture (seq2seq) instead of
+finding it; `dense`, the dense model of equal active FLOPs, or `router=NAME`. Experts are one pool for both;
+`:router=modality_pools` gives each its own.
 """
 
 from moe.config import ConfigDict, default_config, import_beside
@@ -30,4 +30,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 80})
     config.evaluation.every = 200
     config.checkpoint.every = 200
-    return twins.apply(config, arg, "emoji.py")
+    parts = arg.split(",")
+    if "caption" in parts:
+        config.task.name = "seq2seq"
+        config.evaluation.update({"decode": "greedy", "decode_length": 24})
+    return twins.apply(config, ",".join(p for p in parts if p != "caption"), "emoji.py")
