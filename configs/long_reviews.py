@@ -6,8 +6,8 @@
 
 The text task of the Long Range Arena (Tay et al. 2021, arXiv:2011.04006) on the split of configs/imdb.py:
 1,024 bytes of each review, cut into a quarter to a half of the row as the model learns (`task.size`), a vector
-and a weight for each part. After a colon: `dense`, the dense model of equal active FLOPs, or `router=NAME`; `router=segment`
-sends whole segments to experts.
+and a weight for each part. After a colon: `dense`, the dense model of equal active FLOPs, or `router=NAME`;
+`router=segment` sends whole segments to experts.
 """
 
 from moe.config import ConfigDict, default_config, import_beside
