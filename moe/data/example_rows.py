@@ -24,9 +24,7 @@ from moe.data.features import Fields
 from moe.data.images import num_patches, patches
 from moe.data.pack import Row
 from moe.data.tokenizers import Tokenizer
-from moe.data.types import FRAMES, TEXT
-
-STEM_STRIDE = 4  # log-mel frames to one position: two convolutions of stride 2
+from moe.data.types import FRAMES, STEM_STRIDE, TEXT
 
 
 class Layout(NamedTuple):

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 AnyArray = Any  # numpy on the host, jax.Array on devices, jax.ShapeDtypeStruct before compiling
 
 TEXT, FRAMES = 0, 1  # kinds of positions in `Batch.modality`
+STEM_STRIDE = 4  # log-mel frames to one position: two convolutions halve their number
 
 
 class Batch(NamedTuple):

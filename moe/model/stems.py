@@ -1,6 +1,7 @@
 """Stems: what makes the first positions of a row of frames, patches of a picture or log-mel spectra."""
 
 from collections.abc import Callable
+import math
 from typing import NamedTuple
 
 from flax import nnx
@@ -8,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from moe.data.types import STEM_STRIDE
 from moe.errors import ConfigError
 from moe.model.experts import fan_in_init, project
 from moe.model.spec import Stem
 from moe.parallel.rules import constrain_rows
 
 KERNEL = 3  # frames that one output of a convolution sees
-STRIDE = 2  # of each convolution
+STRIDE = math.isqrt(STEM_STRIDE)  # of each of two convolutions
 POSITION_SCALE = 0.02  # of fresh position embeddings, as in ViT
 
 
@@ -98,7 +100,7 @@ class StemKind(NamedTuple):
 
 STEMS: dict[str, StemKind] = {
     "patches": StemKind(PatchStem),
-    "conv": StemKind(ConvStem, STRIDE * STRIDE),
+    "conv": StemKind(ConvStem, STEM_STRIDE),
 }
 
 
