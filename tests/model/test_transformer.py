@@ -126,7 +126,9 @@ def test_scan_is_the_layers_in_order():
                 for block in turn.blocks():
                     done = block(stream, batch.positions, batch.segments, call, None, None, None)
                     stream, reports = done.stream, [*reports, *done.reports]
-        return whole._logits(stream.x, call), jax.tree.map(lambda *r: jnp.stack(r), *reports)
+        return whole._logits(whole.norm(stream.x), call), jax.tree.map(
+            lambda *r: jnp.stack(r), *reports
+        )
 
     logits, reports = unrolled(model.params, model.router)
     assert scanned.reports.expert.shape == (2, tiny.B, tiny.S, 2)
