@@ -108,7 +108,7 @@ def test_rows_of_sound(tmp_path):
     assert data.tokenizer.decode(row.targets[row.scored]) == "abba"
     assert row.scored.sum() == 4
     assert not row.frames[18:].any()
-    with pytest.raises(DataError, match=r"record 0 of train and 2 others do not fit"):
+    with pytest.raises(DataError, match=r"record 0 of train and 3 others do not fit"):
         opened(tiny.sounds(text="aabbaa"), tmp_path, "ctc", sequence_length=10, mels=8)
     assert opened(tiny.sounds(), tmp_path, "classify", sequence_length=10, mels=8).classes == (
         "a",

@@ -15,6 +15,7 @@ PAIRS = {
     "test": [("six", "seis"), ("seven", "siete")],
 }
 RATE = 8000
+COUNT = 4  # examples of a split of pictures or sounds
 
 
 def records(features, rows, *, metadata=None, identity="0"):
@@ -51,7 +52,7 @@ def pictures(side=8, **changes):
                 "text": ("dark", "bright")[i % 2],
             }
             | changes
-            for i in range(4)
+            for i in range(COUNT)
         ]
         for split in SPLITS
     }
@@ -73,7 +74,7 @@ def sounds(seconds=0.2, text="abba"):
                 "text": text,
                 "label": i % 2,
             }
-            for i in range(3)
+            for i in range(COUNT)
         ]
         for split in SPLITS
     }
