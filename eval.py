@@ -114,7 +114,7 @@ def main(argv: list[str]) -> int:
         if FLAGS.generate is not None:
             check_generation(run.spec)
         check_split(run, FLAGS.split)
-        check_judging(run.config)
+        check_judging(run.config, run.spec)
         references = reference_steps(run, FLAGS.reference_step, step, checkpointer)
         evaluates = FLAGS.generate is None and combinations is None
         checks = prepare_checks(run, FLAGS.split) if evaluates and FLAGS.generalisation else []

@@ -16,6 +16,8 @@ from moe.evaluation.evaluate import EvalStep, Evaluation
 from moe.evaluation.evidence import decode_split, domain_scores, split_scores
 from moe.evaluation.scores import primary_score
 from moe.evaluation.triad import cost_of, triad
+from moe.model.build import takes_padding
+from moe.model.spec import ModelSpec
 from moe.training.state import abstract_state, bind
 
 TRAIN_GAP = "train"  # the check that `evaluation.train_gap` asks for
@@ -51,12 +53,19 @@ def decoding_of(config: ConfigDict) -> Decoding | None:
     )
 
 
-def check_judging(config: ConfigDict) -> None:
-    """Raises ConfigError for a score or a way to decode that there is not."""
+def check_judging(config: ConfigDict, spec: ModelSpec) -> None:
+    """Raises ConfigError for a score or a way to decode that there is not, or not for this model."""
     primary_score(config.task.name, config.evaluation.primary)
     decoding = decoding_of(config)
     if decoding is not None:
         check_decoding(decoding)
+    if config.evaluation.decode != "none" and not takes_padding(spec):
+        raise ConfigError(
+            f"evaluation.decode={config.evaluation.decode!r} with router.name={spec.router.name!r} and "
+            f"attention.name={spec.attention.name!r}: one of them goes by places in the row, so that "
+            "prompts of different lengths cannot be written behind together. Set evaluation.decode='none', "
+            "or choose a router of class C0 and attention.name='full'."
+        )
 
 
 def prepare_checks(run: setup.Run, split: str) -> list[Check]:

@@ -7,7 +7,8 @@ from moe import judging, setup
 from moe.data.tokenizers import byte_tokenizer
 from moe.errors import ConfigError
 from moe.evaluation.compare import Numbers
-from moe.model.build import model_size
+from moe.model.build import model_size, model_spec
+from moe.model.spec import Named
 from tests import tiny
 from tests.evaluation.example_data import text_examples
 
@@ -119,7 +120,17 @@ def test_checks_that_cannot_work_are_refused_before_anything_compiles(task, chec
 )
 def test_scores_and_decodings_that_there_are_not(key, value, message):
     config = tiny.config("task.name=seq2seq", "evaluation.decode=beam")
-    judging.check_judging(config)
+    spec = model_spec(config, 8)
+    judging.check_judging(config, spec)
     config.evaluation[key] = value
     with pytest.raises(ConfigError, match=message):
-        judging.check_judging(config)
+        judging.check_judging(config, spec)
+
+
+def test_what_goes_by_places_cannot_write():
+    config = tiny.config("task.name=seq2seq", "evaluation.decode=greedy", "task.prefix=causal")
+    spec = model_spec(config, 8)._replace(attention=Named("block"))
+    with pytest.raises(
+        ConfigError, match=r"prompts of different lengths .*evaluation\.decode='none'"
+    ):
+        judging.check_judging(config, spec)

@@ -23,7 +23,6 @@ from moe.dispatch.types import Dispatch
 from moe.errors import ConfigError, find_row
 from moe.evaluation.beam import beam_search
 from moe.evaluation.causality import check_generation
-from moe.model.attention_table import find_attention
 from moe.model.block import LayerCache
 from moe.model.build import takes_padding
 from moe.model.layer import Call
@@ -237,22 +236,13 @@ def _read(
         if getattr(prompts, name) is not None:
             more[name] = getattr(prompts, name)
     call = Call(prompts.tokens, valid, dispatch, **more)
-    cache = segmented(model.spec, empty_cache(model.spec, rows, width + length))
+    cache = empty_cache(model.spec, rows, width + length)
     positions = jnp.where(valid, places, 0)
     out = model(positions, valid.astype(jnp.int32), call, cache, jnp.int32(0))
     assert out.logits is not None
     assert out.cache is not None
     last = jnp.maximum(prompts.size - 1, 0)
     return Step(jnp.take_along_axis(out.logits, last[:, None, None], axis=1)[:, 0], out.cache)
-
-
-def segmented(spec: ModelSpec, cache: LayerCache) -> LayerCache:
-    """The cache with a segment for each position, where the attention can tell positions apart."""
-    attention = cache.attention
-    if not find_attention(spec.attention.name).gaps or attention.segment is not None:
-        return cache
-    segment = jnp.zeros(attention.key.shape[:3], jnp.int32)
-    return cache._replace(attention=attention._replace(segment=segment))
 
 
 Advance = Callable[[Array, Any, Array, Array], Step]
