@@ -16,7 +16,7 @@ twins = import_beside(__file__, "presets/twins.py")
 def get_config(arg: str = "") -> ConfigDict:
     """The sparse model, or with `arg` one of its twins."""
     config = default_config()
-    config.steps = 4500
+    config.steps = 4000
     config.task.name = "classify"
     config.model.update({"num_layers": 3, "width": 96, "heads": 4, "kv_heads": 4, "head_dim": 24})
     config.model.update({"num_experts": 8, "expert_width": 128, "dropout": 0.05})
@@ -31,6 +31,6 @@ def get_config(arg: str = "") -> ConfigDict:
             "occluded": {"corrupt": "occlude:0.3"},
         }
     config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 200})
-    config.evaluation.every = 400
-    config.checkpoint.every = 400
+    config.evaluation.every = 500
+    config.checkpoint.every = 500
     return twins.apply(config, arg, "fashion_mnist.py")

@@ -16,18 +16,19 @@ twins = import_beside(__file__, "presets/twins.py")
 def get_config(arg: str = "") -> ConfigDict:
     """The sparse model, or with `arg` one of its twins."""
     config = default_config()
-    config.steps = 1500
+    config.steps = 2000
     config.task.name = "seq2seq"
-    config.model.update({"num_layers": 3, "width": 96, "heads": 4, "kv_heads": 4, "head_dim": 24})
+    config.model.update({"num_layers": 2, "width": 96, "heads": 4, "kv_heads": 4, "head_dim": 24})
     config.model.update({"num_experts": 8, "expert_width": 96})
     config.router.k = 2
-    config.data.update({"name": "needle", "batch_size": 32, "sequence_length": 256})
+    config.data.update({"name": "needle", "batch_size": 64, "sequence_length": 144})
     with config.ignore_type():
+        config.data.update({"tokenizer": "bpe", "vocab_size": 512})
         config.evaluation.generalisation = {
             "longer_2x": {"split": "test_2x", "sequence_length": 512},
             "longer_4x": {"split": "test_4x", "sequence_length": 1024},
         }
-    config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100})
-    config.evaluation.update({"every": 300, "decode": "greedy", "decode_length": 8})
-    config.checkpoint.every = 300
+    config.optimizer.update({"learning_rate": 3e-3, "warmup_steps": 100})
+    config.evaluation.update({"every": 500, "decode": "greedy", "decode_length": 8})
+    config.checkpoint.every = 500
     return twins.apply(config, arg, "needle.py")

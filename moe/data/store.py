@@ -18,7 +18,7 @@ import numpy as np
 
 from moe.data.cache import cache_key, directory_in_one_go
 from moe.data.sources.types import SPLITS, Document, Source
-from moe.data.tokenizers import Tokenizer, from_json, make_tokenizer
+from moe.data.tokenizers import BPE_RULES, Tokenizer, from_json, make_tokenizer
 from moe.errors import DataError
 
 _CHUNK = 1 << 20  # characters tokenised at once
@@ -57,7 +57,8 @@ def cached_tokenizer(
     texts = (document.text for document in source.documents("train"))
     if kind != "bpe":
         return make_tokenizer(kind, vocab_size, texts)
-    path = directory / "tokens" / cache_key(source.identity, kind, vocab_size) / "tokenizer.json"
+    key = cache_key(source.identity, BPE_RULES, vocab_size)
+    path = directory / "tokens" / key / "tokenizer.json"
     if not path.is_file():
         tokenizer = make_tokenizer(kind, vocab_size, texts)
         with directory_in_one_go(path.parent) as temporary:

@@ -19,6 +19,7 @@ from moe.config import nearest
 from moe.errors import ConfigError, DataError
 
 _BYTES = 256
+BPE_RULES = "bpe, single digits"  # how merges are learned: another text for other rules
 _LANES = 64  # small vocabularies are padded to a multiple, for sharding and matrix units
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # what an unknown character is decoded to
 
@@ -139,7 +140,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int | None) -> Tokenizer:
             f"so at least {_BYTES + 1}. A common choice for a few megabytes is 4096."
         )
     library = hf.Tokenizer(hf.models.BPE())
-    library.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Digits are never merged, as in LLaMA (arXiv:2302.13971): a number is spelled, not learned whole.
+    library.pre_tokenizer = hf.pre_tokenizers.Sequence(
+        [
+            hf.pre_tokenizers.Digits(individual_digits=True),
+            hf.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     trainer = hf.trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         initial_alphabet=_byte_characters(),

@@ -104,3 +104,11 @@ def test_model_larger_than_its_vocabulary_is_refused():
     model = json.dumps(TOKENIZERS[1].model)
     with pytest.raises(DataError, match="do not fit vocab_size=100"):
         bpe_tokenizer(model, 100)
+
+
+def test_numbers_are_spelled_digit_by_digit():
+    tokenizer = make_tokenizer("bpe", 300, ["year 1999, year 1999, year 1998"] * 20)
+    ids = tokenizer.encode_batch(["in 1999 or 2001"])[0]
+    assert tokenizer.decode(ids) == "in 1999 or 2001"
+    spelled = [tokenizer.token_text(int(i)) for i in ids]
+    assert [piece for piece in spelled if piece.isdigit()] == list("19992001")
