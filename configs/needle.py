@@ -25,8 +25,8 @@ def get_config(arg: str = "") -> ConfigDict:
     with config.ignore_type():
         config.data.update({"tokenizer": "bpe", "vocab_size": 512})
         config.evaluation.generalisation = {
-            "longer_2x": {"split": "test_2x", "sequence_length": 512},
-            "longer_4x": {"split": "test_4x", "sequence_length": 1024},
+            "longer_2x": {"split": "test_2x", "sequence_length": 272, "batch_size": 32},
+            "longer_4x": {"split": "test_4x", "sequence_length": 528, "batch_size": 16},
         }
     config.optimizer.update({"learning_rate": 3e-3, "warmup_steps": 100})
     config.evaluation.update({"every": 500, "decode": "greedy", "decode_length": 8})
