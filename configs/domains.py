@@ -4,11 +4,18 @@
     python3 train.py --config=configs/domains.py --workdir=runs/domains
     python3 eval.py --workdir=runs/domains --split=test
 
-Bytes of nine domains at equal weight, held out by whole document.
+Bytes of ten domains at equal weight, held out by whole document.
 After a colon: `dense`, the dense model of equal active FLOPs, or `router=NAME`.
 """
 
 from moe.config import ConfigDict, default_config, import_beside
+
+SOURCES = ("novels", "scripture", "stdlib", "german", "chinese", "dictionary", "news", "reviews")
+DOMAINS = (
+    *("novels", "scripture_en", "scripture_es", "code", "prose"),
+    *("german", "chinese", "dictionary", "news", "reviews"),
+)
+BYTES = 500_000  # of each domain and split at most: a run sees less
 
 twins = import_beside(__file__, "presets/twins.py")
 
@@ -20,14 +27,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.update({"num_layers": 4, "width": 128, "heads": 4, "kv_heads": 4, "head_dim": 32})
     config.model.update({"num_experts": 16, "expert_width": 96})
     config.router.k = 4
-    config.data.update(
-        {
-            "name": "mix:novels,scripture,stdlib,german,chinese,dictionary,news,reviews",
-            "batch_size": 16,
-            "sequence_length": 256,
-        }
-    )
+    name = "mix:" + ",".join(f"{source}@{BYTES}" for source in SOURCES)
+    config.data.update({"name": name, "batch_size": 16, "sequence_length": 256})
     with config.ignore_type():
+        config.data.weights = dict.fromkeys(DOMAINS, 1.0)
         config.evaluation.update({"every": 250, "batches": 40})
     config.optimizer.update({"learning_rate": 3e-3, "warmup_steps": 50})
     config.checkpoint.every = 250
