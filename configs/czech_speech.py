@@ -19,13 +19,13 @@ def get_config(arg: str = "") -> ConfigDict:
     config.steps = 800
     config.task.name = "ctc"
     config.model.update({"num_layers": 3, "width": 128, "heads": 4, "kv_heads": 4, "head_dim": 32})
-    config.model.update({"num_experts": 8, "expert_width": 128, "dropout": 0.1})
+    config.model.update({"num_experts": 8, "expert_width": 128, "dropout": 0.1, "qk_norm": "head"})
     config.router.k = 2
     config.data.update({"name": "czech_speech", "batch_size": 16, "sequence_length": 160})
     config.data.update({"tokenizer": "characters", "too_long": "skip"})
     with config.ignore_type():
         config.evaluation.generalisation = {"noise_20dB": {"corrupt": "white_noise:20"}}
-    config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 100})
+    config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100})
     config.evaluation.every = 200
     config.checkpoint.every = 200
     return twins.apply(config, arg, "czech_speech.py")

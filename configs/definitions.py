@@ -19,7 +19,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.steps = 900
     config.task.name = "match"
     config.model.update({"num_layers": 2, "width": 128, "heads": 4, "kv_heads": 4, "head_dim": 32})
-    config.model.update({"num_experts": 8, "expert_width": 128})
+    config.model.update({"num_experts": 8, "expert_width": 128, "qk_norm": "head"})
     config.router.k = 2
     config.data.update({"name": "definitions", "batch_size": 128, "sequence_length": 40})
     with config.ignore_type():
@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "new_words": {"split": "test_new_words"},
             "typos": {"corrupt": "typos:0.05"},
         }
-    config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100})
+    config.optimizer.update({"learning_rate": 3e-3, "warmup_steps": 100})
     config.evaluation.every = 300
     config.checkpoint.every = 300
     return twins.apply(config, arg, "definitions.py")

@@ -21,13 +21,13 @@ def get_config(arg: str = "") -> ConfigDict:
     config.steps = 800
     config.task.name = "match"
     config.model.update({"num_layers": 2, "width": 96, "heads": 4, "kv_heads": 4, "head_dim": 24})
-    config.model.update({"num_experts": 8, "expert_width": 128, "dropout": 0.1})
+    config.model.update({"num_experts": 8, "expert_width": 128, "dropout": 0.1, "qk_norm": "head"})
     config.router.k = 2
     config.data.update({"name": "emoji", "batch_size": 96, "sequence_length": 48, "patch": 8})
     with config.ignore_type():
         config.data.update({"tokenizer": "bpe", "vocab_size": 2048})
         config.evaluation.generalisation = {"noise": {"corrupt": "noise:0.1"}}
-    config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 80})
+    config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 80})
     config.evaluation.every = 200
     config.checkpoint.every = 200
     parts = arg.split(",")
