@@ -16,7 +16,7 @@ twins = import_beside(__file__, "presets/twins.py")
 def get_config(arg: str = "") -> ConfigDict:
     """The sparse model, or with `arg` one of its twins."""
     config = default_config()
-    config.steps = 4000
+    config.steps = 3000
     config.task.name = "classify"
     config.model.update({"num_layers": 3, "width": 96, "heads": 4, "kv_heads": 4, "head_dim": 24})
     config.model.update({"num_experts": 8, "expert_width": 128, "dropout": 0.05})
