@@ -20,13 +20,13 @@ def get_config(arg: str = "") -> ConfigDict:
     config.steps = 1300
     config.task.name = "seq2seq"
     config.model.update({"num_layers": 4, "width": 128, "heads": 4, "kv_heads": 4, "head_dim": 32})
-    config.model.update({"num_experts": 8, "expert_width": 192, "qk_norm": "head"})
+    config.model.update({"num_experts": 8, "expert_width": 192})
     config.router.k = 2
     config.data.update({"name": "verses_en_es", "batch_size": 64, "sequence_length": 120})
     with config.ignore_type():
         config.data.update({"tokenizer": "bpe", "vocab_size": 2048})
         config.evaluation.generalisation = {"typos": {"corrupt": "typos:0.05"}}
-    config.optimizer.update({"learning_rate": 4e-3, "warmup_steps": 100})
+    config.optimizer.update({"learning_rate": 3e-3, "warmup_steps": 100})
     config.evaluation.update({"every": 650, "decode": "greedy", "decode_length": 80})
     config.checkpoint.every = 650
     return twins.apply(config, arg, "verses.py")
