@@ -28,7 +28,7 @@ from moe.data.router_valid import ROUTER_VALID
 from moe.evaluation import matrix, tables
 from moe.evaluation.causality import check_generation
 from moe.evaluation.compare import Numbers, compare, make_comparison_step, saturation_metrics
-from moe.evaluation.evaluate import Evaluation, best_metric
+from moe.evaluation.evaluate import Evaluation, best_rule
 from moe.evaluation.generate import check_numbers, generate, until
 from moe.evaluation.kept_choices import history
 from moe.evaluation.record import write_json
@@ -101,11 +101,13 @@ def main(argv: list[str]) -> int:
     check_numbers(**numbers)
     reuse_buffers()
     distributed.start_from_flags(FLAGS)
-    best = best_metric(saved.get("task", {}).get("name", "language"))
+    best = best_rule(saved.get("task", {}).get("name", "language"))
     place = workdir / "checkpoints"
     primary = jax.process_index() == 0
     with (
-        Checkpointer(place, best_metric=best, read_only=True) as checkpointer,
+        Checkpointer(
+            place, best_metric=best.metric, best_mode=best.mode, read_only=True
+        ) as checkpointer,
         compile_cache.persistent(workdir, FLAGS.compile_cache, primary=primary),
     ):
         step = checkpointer.resolve(_step(FLAGS.step))

@@ -20,7 +20,7 @@ from moe.data.batches import TrainBatches
 from moe.data.router_valid import ROUTER_VALID
 from moe.data.tokenizers import Tokenizer
 from moe.errors import EXIT_PREEMPTED
-from moe.evaluation.evaluate import Evaluation, best_metric, quality
+from moe.evaluation.evaluate import Evaluation, best_rule, quality
 from moe.evaluation.kept_choices import Kept, forget_after, history, keep
 from moe.evaluation.record import write_json
 from moe.model.build import model_size
@@ -70,10 +70,12 @@ def train(config: ConfigDict, workdir: Path, cache: str | None = None) -> int:
         stack.enter_context(jax.set_mesh(run.mesh))
 
         # ---- state: restored, or fresh
+        best = best_rule(config.task.name)
         checkpointer = stack.enter_context(
             Checkpointer(
                 workdir / "checkpoints",
-                best_metric=best_metric(config.task.name),
+                best_metric=best.metric,
+                best_mode=best.mode,
                 **config.checkpoint,
             )
         )
@@ -230,7 +232,7 @@ def save(
         "versions": package_versions(),
         "tokenizer": run.data.tokenizer.to_json(),
     }
-    name = best_metric(run.config.task.name)
+    name = best_rule(run.config.task.name).metric
     best = None if found is None else {name: found["metrics"][name]}
     checkpointer.save(step, state._asdict(), batches.get_state(), meta, best)
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from moe import programs, setup
 from moe.config import ConfigDict
-from moe.data.text import TextData
 from moe.data.store import TokenStore
+from moe.data.text import TextData
 from moe.data.tokenizers import byte_tokenizer
 from moe.data.types import Batch
 from moe.training.state import initialize

@@ -261,6 +261,19 @@ def quality(rows: RowSums) -> dict[str, float]:
     return found | ({"bits_per_byte": nll / math.log(2) / sizes} if sizes > 0 else {})
 
 
-def best_metric(task: str) -> str:
-    """What the best checkpoint of a task has least of."""
-    return "bits_per_byte" if task == "language" else "loss/cross_entropy"
+class BestRule(NamedTuple):
+    """How the best checkpoint is told from the others."""
+
+    metric: str
+    mode: str  # min or max
+
+
+def best_rule(task: str) -> BestRule:
+    """How the best checkpoint of a task is told.
+
+    Where whole rows are judged it is by accuracy: their cross-entropy rises with confidence long before
+    their ranking gets worse.
+    """
+    if task in ("classify", "match"):
+        return BestRule("accuracy", "max")
+    return BestRule("bits_per_byte" if task == "language" else "loss/cross_entropy", "min")
