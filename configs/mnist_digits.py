@@ -16,10 +16,10 @@ twins = import_beside(__file__, "presets/twins.py")
 def get_config(arg: str = "") -> ConfigDict:
     """The sparse model, or with `arg` one of its twins."""
     config = default_config()
-    config.steps = 2000
+    config.steps = 1200
     config.task.name = "classify"
     config.model.update({"num_layers": 2, "width": 96, "heads": 4, "kv_heads": 4, "head_dim": 24})
-    config.model.update({"num_experts": 8, "expert_width": 128, "dropout": 0.15})
+    config.model.update({"num_experts": 8, "expert_width": 128, "dropout": 0.1})
     config.router.k = 2
     config.data.update(
         {"name": "mnist_digits", "batch_size": 64, "sequence_length": 36, "patch": 8}
@@ -31,6 +31,6 @@ def get_config(arg: str = "") -> ConfigDict:
             "occluded": {"corrupt": "occlude:0.3"},
         }
     config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100})
-    config.evaluation.every = 500
-    config.checkpoint.every = 500
+    config.evaluation.every = 200
+    config.checkpoint.every = 200
     return twins.apply(config, arg, "mnist_digits.py")
