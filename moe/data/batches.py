@@ -113,9 +113,9 @@ class RowData:
         """Global batches that `eval_batches` yields."""
         return -(-self.num_rows(split) // self.batch_size)
 
-    def like(self) -> Batch:
-        """A batch of one row, for the shapes of all others."""
-        return _stack([next(rows for rows in self.rows("train") if len(rows))[0]])
+    def like(self) -> Batch | None:
+        """A batch of one row, for the shapes of all others; None where they are those of packed text."""
+        return None
 
     def train_batches(
         self,
@@ -155,7 +155,7 @@ class RowData:
         block = self._eval_block(split, process_index, process_count)
         own = self.batch_size // process_count
         first = index % self.num_batches(split) * own
-        return _stack([block[row] for row in range(first, first + own)])
+        return stack([block[row] for row in range(first, first + own)])
 
     def _eval_block(self, split: str, process_index: int, process_count: int) -> "_Block":
         rows = _EvalRows(self.rows(split), self.num_batches(split) * self.batch_size)
@@ -288,10 +288,11 @@ def _blocks(rows, length: int, batch_size: int, index: int, count: int) -> _Bloc
 
 def _read(rows: _Block, batch_size: int) -> grain.IterDataset:
     """Batches rows and reads ahead in threads."""
-    batched = grain.MapDataset.source(rows).batch(batch_size, batch_fn=_stack)
+    batched = grain.MapDataset.source(rows).batch(batch_size, batch_fn=stack)
     return batched.to_iter_dataset(_READ)
 
 
-def _stack(rows: Sequence[Row]) -> Batch:
+def stack(rows: Sequence[Row]) -> Batch:
+    """The batch of these rows."""
     fields = zip(*rows, strict=True)
     return Batch(*(None if field[0] is None else np.stack(field) for field in fields))

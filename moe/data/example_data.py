@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from moe.data.audio import sample_rate
-from moe.data.batches import RowData, mixing_weights
+from moe.data.batches import RowData, mixing_weights, stack
 from moe.data.example_rows import ExampleRows, Layout, frame_shape, needed
 from moe.data.examples import ExampleStore, Records, count, open_examples, texts_of
 from moe.data.features import Fields, find_fields
 from moe.data.images import num_patches
 from moe.data.store import cached_tokenizer
 from moe.data.tokenizers import Tokenizer
+from moe.data.types import Batch
 from moe.errors import ConfigError, DataError
 
 
@@ -178,6 +179,10 @@ class ExampleData(RowData):
     def frame_shape(self) -> tuple[int, int] | None:
         """`(N, F)` of the frames of a row; None for text."""
         return frame_shape(self.store.splits["train"], self.layout)
+
+    def like(self) -> Batch:
+        """A batch of one row, for the shapes of all others."""
+        return stack([next(rows for rows in self.rows("train") if len(rows))[0]])
 
     def token_counts(self) -> np.ndarray:
         """How often each id occurs in train, `[V]`."""
