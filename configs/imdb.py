@@ -16,20 +16,20 @@ twins = import_beside(__file__, "presets/twins.py")
 def get_config(arg: str = "") -> ConfigDict:
     """The sparse model, or with `arg` one of its twins."""
     config = default_config()
-    config.steps = 1600
+    config.steps = 1000
     config.task.name = "classify"
     config.model.update({"num_layers": 2, "width": 96, "heads": 4, "kv_heads": 4, "head_dim": 24})
-    config.model.update({"num_experts": 8, "expert_width": 96, "dropout": 0.3})
+    config.model.update({"num_experts": 8, "expert_width": 96, "dropout": 0.2})
     config.router.k = 2
-    config.data.update({"name": "imdb", "batch_size": 16, "sequence_length": 512})
+    config.data.update({"name": "imdb", "batch_size": 32, "sequence_length": 256})
     with config.ignore_type():
         config.data.update({"tokenizer": "bpe", "vocab_size": 8192})
         config.evaluation.generalisation = {
             "other_domain": {"name": "rotten_tomatoes"},
-            "longer": {"sequence_length": 1024, "batch_size": 8},
+            "longer": {"sequence_length": 512, "batch_size": 16},
             "typos": {"corrupt": "typos:0.05"},
         }
-    config.optimizer.update({"learning_rate": 1.5e-3, "warmup_steps": 100})
-    config.evaluation.every = 400
-    config.checkpoint.every = 400
+    config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 100})
+    config.evaluation.every = 250
+    config.checkpoint.every = 250
     return twins.apply(config, arg, "imdb.py")
