@@ -175,7 +175,9 @@ def test_checkpoint_of_another_model(workdir, text):
         fails(4, words, "eval", f"--workdir={workdir}", f"--config.{change}")
     # The same model, another place in the data. Digests of what was read are compiled before.
     fails(4, ["place in the data"], "train", *start, compiled=True)
-    assert listing(workdir) == before
+    # What took long to compile is kept: on a busy machine that is the digests too.
+    after = {name: v for name, v in listing(workdir).items() if "compile_cache" not in name}
+    assert after == {name: v for name, v in before.items() if "compile_cache" not in name}
 
 
 @pytest.mark.parametrize(
