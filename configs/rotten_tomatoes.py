@@ -16,10 +16,10 @@ twins = import_beside(__file__, "presets/twins.py")
 def get_config(arg: str = "") -> ConfigDict:
     """The sparse model, or with `arg` one of its twins."""
     config = default_config()
-    config.steps = 500
+    config.steps = 800
     config.task.name = "classify"
     config.model.update({"num_layers": 2, "width": 96, "heads": 4, "kv_heads": 4, "head_dim": 24})
-    config.model.update({"num_experts": 8, "expert_width": 96, "dropout": 0.4})
+    config.model.update({"num_experts": 8, "expert_width": 96, "dropout": 0.5})
     config.router.k = 2
     config.data.update({"name": "rotten_tomatoes", "batch_size": 64, "sequence_length": 64})
     with config.ignore_type():
@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "other_domain": {"name": "imdb", "sequence_length": 256},
             "typos": {"corrupt": "typos:0.05"},
         }
-    config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 50})
-    config.evaluation.every = 100
-    config.checkpoint.every = 100
+    config.optimizer.update({"learning_rate": 3e-3, "warmup_steps": 50, "weight_decay": 3.0})
+    config.evaluation.every = 200
+    config.checkpoint.every = 200
     return twins.apply(config, arg, "rotten_tomatoes.py")
