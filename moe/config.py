@@ -371,9 +371,11 @@ def check_known_keys(config: ConfigDict, schema: ConfigDict, free: tuple[str, ..
     for key, value in _flat(config):
         if any(key.startswith(f + ".") for f in free):
             continue
-        if key not in known:
+        if (
+            key not in known and key not in OPTIONAL
+        ):  # an empty dict of the defaults is no key there
             raise ConfigError(f"unknown config key {key!r}; {nearest(key, known)}.")
-        check_type(key, value, known[key])
+        check_type(key, value, known.get(key))
 
 
 def _flat(config: ConfigDict, prefix: str = "") -> Iterable[tuple[str, Any]]:

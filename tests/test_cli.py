@@ -4,6 +4,8 @@ from absl import flags
 import pytest
 
 from moe import cli
+from moe.cli import complete_config
+from moe.config import ConfigDict, default_config
 from moe.errors import CheckpointError, ConfigError, DataError
 
 
@@ -97,3 +99,9 @@ def test_main_decides_the_exit_code():
     with pytest.raises(SystemExit) as end:
         cli.run(lambda argv: 75)
     assert end.value.code == 75
+
+
+def test_a_config_without_checks_is_read_back():
+    config = complete_config(default_config(), [("evaluation.generalisation", "none")])
+    again = complete_config(ConfigDict(config.to_dict()))
+    assert again.evaluation.generalisation is None
