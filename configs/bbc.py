@@ -6,6 +6,9 @@
 
 2,127 articles, repeated ones on one side.
 After a colon: `dense`, the dense model of equal active FLOPs, or `router=NAME`.
+
+Reached on test (commit 67d103e, 4 minutes on one of two busy cores, one seed): accuracy 0.910 (0.869 to
+0.950), dense 0.910 (0.864 to 0.950), best simple method 0.980 TF-IDF, 0.955 naive Bayes.
 """
 
 from moe.config import ConfigDict, default_config, import_beside

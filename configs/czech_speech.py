@@ -6,6 +6,9 @@
 
 1,702 Czech utterances of a game, held out by level.
 After a colon: `dense`, the dense model of equal active FLOPs, or `router=NAME`.
+
+Reached on test (commit a4b9375, 6 minutes on one of two busy cores, one seed): character error rate 0.471
+(0.452 to 0.490), dense 0.470 (0.450 to 0.490), best simple method 0.886 one answer for all.
 """
 
 from moe.config import ConfigDict, default_config, import_beside

@@ -6,6 +6,9 @@
 
 Definitions of WordNet, held out by definition; a word may occur on both sides with another sense.
 After a colon: `dense`, the dense model of equal active FLOPs, or `router=NAME`.
+
+Reached on test (commit a4b9375, 5 minutes on one of two busy cores, one seed): choice among four 0.723 (0.712
+to 0.734), dense 0.706 (0.695 to 0.719), best simple method 0.345 word overlap.
 """
 
 from moe.config import ConfigDict, default_config, import_beside

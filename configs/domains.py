@@ -6,6 +6,9 @@
 
 Bytes of ten domains at equal weight, held out by whole document.
 After a colon: `dense`, the dense model of equal active FLOPs, or `router=NAME`.
+
+Reached on test (commit aad96ae, 6 minutes on one of two busy cores, one seed): bits per byte 2.618 (2.610 to
+2.626).
 """
 
 from moe.config import ConfigDict, default_config, import_beside

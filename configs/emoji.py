@@ -8,6 +8,9 @@
 After a colon, with commas between: `caption`, which writes the name behind the picture (seq2seq) instead of
 finding it; `dense`, the dense model of equal active FLOPs, or `router=NAME`. Experts are one pool for both;
 `:router=modality_pools` gives each its own.
+
+Reached on test (commit eba728b, 3 minutes on one of two busy cores, one seed): recall@5 0.359 (0.326 to
+0.391), dense 0.318 (0.285 to 0.348), best simple method 0.333 nearest colours.
 """
 
 from moe.config import ConfigDict, default_config, import_beside

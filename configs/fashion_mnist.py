@@ -6,6 +6,9 @@
 
 60,000 + 10,000 pictures, official split; the last 5,000 of train are valid.
 After a colon: `dense`, the dense model of equal active FLOPs, or `router=NAME`.
+
+Reached on test (commit a929b81, 8 minutes on one of two busy cores, one seed): accuracy 0.894 (0.888 to
+0.899), dense 0.894 (0.889 to 0.900), best simple method 0.845 logistic regression.
 """
 
 from moe.config import ConfigDict, default_config, import_beside

@@ -6,6 +6,9 @@
 
 25,000 reviews of IMDB, split by text.
 After a colon: `dense`, the dense model of equal active FLOPs, or `router=NAME`.
+
+Reached on test (commit f1a14fa, 9 minutes on one of two busy cores, one seed): accuracy 0.827 (0.811 to
+0.841), dense 0.815 (0.800 to 0.830), best simple method 0.910 TF-IDF, 0.847 naive Bayes.
 """
 
 from moe.config import ConfigDict, default_config, import_beside

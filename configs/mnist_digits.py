@@ -6,6 +6,9 @@
 
 10,000 pictures, split by their pixels.
 After a colon: `dense`, the dense model of equal active FLOPs, or `router=NAME`.
+
+Reached on test (commit a372cf2, 3 minutes on one of two busy cores, one seed): accuracy 0.977 (0.967 to
+0.986), dense 0.974 (0.963 to 0.983), best simple method 0.918 logistic regression.
 """
 
 from moe.config import ConfigDict, default_config, import_beside

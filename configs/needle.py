@@ -6,6 +6,9 @@
 
 Filler from the novels of Jane Austen, held out by novel; the needle stands anywhere.
 After a colon: `dense`, the dense model of equal active FLOPs, or `router=NAME`.
+
+Reached on test (commit eba728b, 6 minutes on one of two busy cores, one seed): exact match 0.998 (0.995 to
+1.000), dense 1.000 (1.000 to 1.000), best simple method 1.000 by copying any number.
 """
 
 from moe.config import ConfigDict, default_config, import_beside

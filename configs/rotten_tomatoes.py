@@ -6,6 +6,9 @@
 
 8,530 sentences, split by text.
 After a colon: `dense`, the dense model of equal active FLOPs, or `router=NAME`.
+
+Reached on test (commit 4cb36fe, 2 minutes on one of two busy cores, one seed): accuracy 0.756 (0.727 to
+0.789), dense 0.760 (0.732 to 0.790), best simple method 0.771 TF-IDF, 0.768 naive Bayes.
 """
 
 from moe.config import ConfigDict, default_config, import_beside

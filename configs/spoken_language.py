@@ -7,6 +7,9 @@
 Prompts of a telephone system, held out by prompt; mostly one speaker a language, so speakers are
 told apart too.
 After a colon: `dense`, the dense model of equal active FLOPs, or `router=NAME`.
+
+Reached on test (commit a372cf2, 2 minutes on one of two busy cores, one seed): accuracy 0.962 (0.939 to
+0.983), dense 0.976 (0.956 to 0.993), best simple method 0.959 logistic regression.
 """
 
 from moe.config import ConfigDict, default_config, import_beside

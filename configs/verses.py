@@ -7,6 +7,10 @@
 30,905 verse pairs of the King James and Reina-Valera bibles, held out by chapter. English and German or Chinese
 interface texts are read by `--config.data.name=interface_en_de` or `interface_en_zh`. After a colon: `dense`,
 the dense model of equal active FLOPs, or `router=NAME`.
+
+Reached on test (commit a89fb13, 26 minutes on one of two busy cores, one seed): BLEU 11.9 (11.3 to 12.4),
+best simple method 19.8 IBM Model 1 with bigrams; chrF 31.2 (30.7 to 31.6), best simple method 46.0 IBM Model
+1.
 """
 
 from moe.config import ConfigDict, default_config, import_beside
