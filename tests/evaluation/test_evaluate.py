@@ -63,7 +63,8 @@ def test_independent_of_the_batch_size(size, whole):
     found = measure(size)
     assert found.metrics.keys() == whole.metrics.keys()
     for key, value in whole.metrics.items():
-        np.testing.assert_allclose(found.metrics[key], value, rtol=1e-5, err_msg=key)
+        if not key.endswith(("_shuffled", "_excess")):  # kinds are permuted within a batch
+            np.testing.assert_allclose(found.metrics[key], value, rtol=1e-5, err_msg=key)
     for name, values in whole.domains.items():
         assert found.domains[name] == pytest.approx(values, rel=1e-5)
         np.testing.assert_allclose(found.domain_load[name], whole.domain_load[name], rtol=1e-6)
@@ -125,16 +126,17 @@ def test_drops_only_where_capacity_was_asked_for(whole):
 
 
 def test_router_state_is_read_and_not_moved(whole):
-    """The bias decides, and stays; noise of training is off, so the key changes nothing."""
+    """The bias decides, and stays; noise of training is off, so the key changes the control alone."""
     model = tiny.model(*DEEPSEEK)
     before = jax.tree.map(np.array, model.router)
     step, batch = eval_step(), next(batches(len(ROWS.tokens)))
-    sums, _ = step(model.params, model.router, batch, jax.random.key(0))
-    again, _ = step(model.params, model.router, batch, jax.random.key(1))
-    jax.tree.map(np.testing.assert_array_equal, again, sums)
+    sums = step(model.params, model.router, batch, jax.random.key(0)).sums
+    again = step(model.params, model.router, batch, jax.random.key(1)).sums
+    without_control = [found._replace(routing=None) for found in (again, sums)]
+    jax.tree.map(np.testing.assert_array_equal, *without_control)
     jax.tree.map(np.testing.assert_array_equal, before, model.router)
     lifted = jax.tree.map(lambda bias: bias.at[:, 0].add(10.0), model.router)
-    biased, _ = step(model.params, lifted, batch, jax.random.key(0))
+    biased = step(model.params, lifted, batch, jax.random.key(0)).sums
     assert int(biased.totals.requested[0, 0]) == int(biased.totals.tokens[0])
     assert int(sums.totals.requested[0, 0]) < int(sums.totals.tokens[0])
 
@@ -151,8 +153,8 @@ def test_several_passes_average_what_random_routers_predict():
 
     def nll(passes: int) -> float:
         step = make_eval_step(model.skeleton, reference, tokens, len(DOMAINS), passes=passes)
-        sums, _ = jax.jit(step)(model.params, model.router, batch, jax.random.key(0))
-        return float(sums.rows.nll.sum())
+        found = jax.jit(step)(model.params, model.router, batch, jax.random.key(0))
+        return float(found.sums.rows.nll.sum())
 
     one, many = nll(1), nll(6)
     assert many < one, "an ensemble of draws predicts better than one of them"
