@@ -122,11 +122,9 @@ def open_data(
 
 def _stem(data: RowData) -> Stem | None:
     """What reads the frames of the data; None for text."""
-    shape = data.frame_shape if isinstance(data, ExampleData) else None
-    if shape is None:
+    if not isinstance(data, ExampleData) or data.frame_shape is None:
         return None
-    assert isinstance(data, ExampleData)
-    return Stem("conv" if data.store.fields.kind == "audio" else "patches", *shape)
+    return Stem("conv" if data.store.fields.kind == "audio" else "patches", *data.frame_shape)
 
 
 def mesh_of(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:

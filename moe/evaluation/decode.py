@@ -231,11 +231,15 @@ def _read(
     rows, width = prompts.tokens.shape
     places = jnp.broadcast_to(jnp.arange(width), (rows, width))
     valid = places < prompts.size[:, None]
-    more: dict[str, Any] = {"modality": prompts.modality, "key": key}
-    for name in ("prefix", "frames"):
-        if getattr(prompts, name) is not None:
-            more[name] = getattr(prompts, name)
-    call = Call(prompts.tokens, valid, dispatch, **more)
+    call = Call(
+        prompts.tokens,
+        valid,
+        dispatch,
+        key=key,
+        modality=prompts.modality,
+        prefix=prompts.prefix,
+        frames=prompts.frames,
+    )
     cache = empty_cache(model.spec, rows, width + length)
     positions = jnp.where(valid, places, 0)
     out = model(positions, valid.astype(jnp.int32), call, cache, jnp.int32(0))

@@ -135,9 +135,8 @@ def _examples(done: Forward, batch: Batch) -> Examples:
     if logits.ndim == 2:
         label = batch.domain if batch.label is None else batch.label
         return found._replace(label=label, prediction=logits.argmax(axis=-1).astype(jnp.int32))
-    if batch.frames is not None and batch.prefix is None and batch.scored is not None:
-        path = logits.argmax(axis=-1).astype(jnp.int32)
-        return found._replace(prediction=path, valid=batch.valid)
+    if done.path is not None:
+        return found._replace(prediction=done.path, valid=batch.valid)
     return found
 
 

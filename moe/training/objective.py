@@ -34,6 +34,7 @@ class Forward(NamedTuple):
     nll: Float[Array, "B S"]  # of each token, 0 at padding; of rows the row's, at every token
     logits: Float[Array, "B *S V"] | None  # None of pairs
     pair: Float[Array, "B 2 D"] | None = None
+    path: Int[Array, "B S"] | None = None  # the most likely id of each position, of alignments
 
 
 def forward(
@@ -69,13 +70,15 @@ def forward(
     assert logits is not None
     if passes > 1:
         logits = _averaged(lambda call: model(batch.positions, batch.segments, call), call, passes)
+    path = None
     if logits.ndim == 2:
         rows, nll = _classified(logits, batch)
     elif model.spec.blank is not None:
-        rows, nll = _aligned(logits, batch, model.spec.blank)
+        path = logits.argmax(axis=-1).astype(jnp.int32)
+        rows, nll = _aligned(logits, path, batch, model.spec.blank)
     else:
         rows, nll = _predicted(logits, batch, token_bytes)
-    return Forward(rows, out.reports, out.terms, nll, logits)
+    return Forward(rows, out.reports, out.terms, nll, logits, path=path)
 
 
 def predictions(batch: Batch, output: str) -> Float[Array, ""]:
@@ -165,13 +168,13 @@ def _of_rows(
 
 
 def _aligned(
-    logits: Float[Array, "B S V"], batch: Batch, blank: int
+    logits: Float[Array, "B S V"], path: Int[Array, "B S"], batch: Batch, blank: int
 ) -> tuple[RowSums, Float[Array, "B S"]]:
     """Labels of a row, over all ways to align them with its positions; a hit is a whole row."""
     labels = _scored(batch)
     nll = ctc_rows(logits, batch, blank=blank)
     count = labels.sum(axis=1).astype(jnp.float32)
-    right = ctc_matches(logits.argmax(axis=-1), batch, blank=blank)
+    right = ctc_matches(path, batch, blank=blank)
     rows = RowSums(nll, jnp.where(right, count, 0.0), count, jnp.zeros_like(count))
     return rows, jnp.where(batch.valid, nll[:, None], 0.0)
 
