@@ -299,6 +299,8 @@ def print_evaluation(
         path = workdir / "eval" / "overrides" / f"{name}-{slug}.json"
     if jax.process_index() == 0:
         write_json(path, record)
+        for note in setup.data_notes(run.data):
+            print(f"note: {note}")
         print(tables.evaluation_table(record, run.config.task.name))
         print(f"\n{triad_table(record['triad'])}\n")
         print(f"written to {path}")

@@ -95,7 +95,7 @@ def train(config: ConfigDict, workdir: Path, cache: str | None = None) -> int:
             forget_after(workdir, start)
         progress = Progress(config.steps, start, visible=primary)
         stack.callback(progress.close)
-        for note in setup.notes(config):
+        for note in [*setup.notes(config), *setup.data_notes(run.data)]:
             progress.message(f"note: {note}")
 
         # ---- loop

@@ -222,6 +222,17 @@ def notes(config: ConfigDict) -> list[str]:
     return found
 
 
+def data_notes(data: RowData) -> list[str]:
+    """What a data set does not give whole, a sentence a split."""
+    found = []
+    for split in data.splits:
+        counts = {reason: n for reason, n in data.left_out(split).items() if n}
+        if counts:
+            said = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in counts.items())
+            found.append(f"{split} has examples that are left out or cut for a row: {said}.")
+    return found
+
+
 def _check_same_data(fingerprint: str) -> None:
     """Each host prepares its own copy of the data: all must have the same tokens."""
     mine = np.frombuffer(hashlib.sha256(fingerprint.encode()).digest(), np.uint8)

@@ -4,6 +4,7 @@ A global batch is the same rows whatever the number of processes; process p of n
 n equal blocks of it. The place in the data is the number of global batches consumed.
 """
 
+import abc
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import math
@@ -68,7 +69,7 @@ def mixing_weights(
 
 
 @dataclasses.dataclass(frozen=True)
-class RowData:
+class RowData(abc.ABC):
     """A data set, ready to be read. Make it with `moe.data.open.make_data`."""
 
     tokenizer: Tokenizer
@@ -78,9 +79,9 @@ class RowData:
     seed: int
 
     @property
+    @abc.abstractmethod
     def domains(self) -> tuple[str, ...]:
         """Names of the domains; `Batch.domain` indexes them."""
-        raise NotImplementedError
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -88,22 +89,27 @@ class RowData:
         return self.domains
 
     @property
+    @abc.abstractmethod
     def splits(self) -> tuple[str, ...]:
         """Names of the splits."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def fingerprint(self) -> str:
         """Hash of everything that is read, and of the tokenizer."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def rows(self, split: str) -> Sequence[Rows]:
         """The rows of each domain: in training only those with a weight, in an order of the seed."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def token_counts(self) -> np.ndarray:
         """How often each id occurs in train, `[V]`."""
-        raise NotImplementedError
+
+    def left_out(self, split: str) -> dict[str, int]:
+        """Examples of a split that are not read whole, by reason; packed text has none."""
+        del split
+        return {}
 
     def num_rows(self, split: str) -> int:
         """Rows of one epoch of the split, over the domains that are read there."""

@@ -7,6 +7,7 @@ import tensorflow_datasets as tfds
 from moe.data.example_data import example_data
 from moe.data.features import find_fields
 from moe.errors import ConfigError, DataError
+from moe.setup import data_notes
 from tests.data import tiny_examples as tiny
 
 B = 256  # the boundary of bytes
@@ -231,3 +232,15 @@ def test_other_names_of_features():
     features = {name: tfds.features.Text() for name in ("de", "en")}
     fields = find_fields("seq2seq", features, input_feature="de", target_feature="en")
     assert (fields.input, fields.target, fields.domain) == ("de", "en", None)
+
+
+def test_what_a_row_does_not_hold_is_told(tmp_path):
+    how = {"batch_size": 1, "sequence_length": 12}
+    skipped = opened(tiny.pairs(), tmp_path, "seq2seq", too_long="skip", **how)
+    assert data_notes(skipped) == [
+        "train has examples that are left out or cut for a row: 1 too long."
+    ]
+    assert (
+        data_notes(opened(tiny.pairs(), tmp_path, "seq2seq", batch_size=1, sequence_length=40))
+        == []
+    )
