@@ -7,7 +7,7 @@ from typing import Any
 from moe.config import ConfigDict, default_config
 from moe.data.batches import RowData
 from moe.data.example_data import example_data
-from moe.data.examples import open_records
+from moe.data.examples import Records, open_records
 from moe.data.pair_records import pair_records
 from moe.data.sources import SOURCES
 from moe.data.sources.catalogue import CATALOGUE
@@ -16,7 +16,7 @@ from moe.data.text import text_data
 from moe.data.tokenizers import Tokenizer
 from moe.errors import ConfigError
 
-_OF_TEXT = ("files", "text_feature")
+_OF_TEXT = ("name", "files", "text_feature")
 _OF_EXAMPLES = {  # key of the section -> argument of `example_data`
     "input_feature": "input_feature",
     "target_feature": "target_feature",
@@ -64,7 +64,9 @@ def make_data(
     root = data_directory(values.pop("directory"))
     of_examples = {argument: values.pop(key) for key, argument in _OF_EXAMPLES.items()}
     values |= {"root": root, "seed": seed, "saved_tokenizer": tokenizer}
-    if _is_packed(values, task, root, str(of_examples["label_feature"])):
+    name, label = values["name"], str(of_examples["label_feature"])
+    records = _records(name, values["files"], task, root, label)
+    if records is None:
         if of_examples["corruption"] is not None:
             raise ConfigError(
                 "data.corrupt is of examples, and packed text has none: set it to none."
@@ -75,25 +77,25 @@ def make_data(
             "prior.every > 0 needs a router-validation split, which is carved from packed text alone: "
             f"set prior.every=0 for task.name={task!r}."
         )
-    name = values.pop("name")
-    files = values["files"]
     values = {key: value for key, value in values.items() if key not in _OF_TEXT}
-    records = pair_records(files) if name == "pairs" else open_records(find_prepared(name, root))
     return example_data(records, task=task, prefix=prefix, **values, **of_examples)
 
 
-def _is_packed(values: dict[str, Any], task: str, root: Path, label: str) -> bool:
-    if task == "language":
-        return True
-    if task != "classify":
-        return False
-    name = values["name"]
+def _records(name: str, files: Any, task: str, root: Path, label: str) -> Records | None:
+    """The examples that a task reads; None where it reads packed text."""
     kind = name.partition(":")[0]
-    if (kind in SOURCES and kind != "tfds") or getattr(
-        CATALOGUE.get(kind), "kind", ""
-    ) == "language":
-        return True
-    return label not in open_records(find_prepared(name, root)).features
+    if task == "language" or (task == "classify" and _is_text(kind)):
+        return None
+    if name == "pairs":
+        return pair_records(files)
+    records = open_records(find_prepared(name, root))
+    return None if task == "classify" and label not in records.features else records
+
+
+def _is_text(kind: str) -> bool:
+    """Whether a source has domains and no labels."""
+    of_catalogue = kind in CATALOGUE and CATALOGUE[kind].kind == "language"
+    return of_catalogue or (kind in SOURCES and kind != "tfds")
 
 
 def data_directory(directory: str | None) -> Path:

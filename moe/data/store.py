@@ -18,7 +18,7 @@ import numpy as np
 
 from moe.data.cache import cache_key, directory_in_one_go
 from moe.data.sources.types import SPLITS, Document, Source
-from moe.data.tokenizers import BPE_RULES, Tokenizer, from_json, make_tokenizer
+from moe.data.tokenizers import LEARNED, Tokenizer, from_json, make_tokenizer
 from moe.errors import DataError
 
 _CHUNK = 1 << 20  # characters tokenised at once
@@ -55,9 +55,9 @@ def cached_tokenizer(
 ) -> Tokenizer:
     """Returns the tokenizer of the config, trained on the train split once for each source."""
     texts = (document.text for document in source.documents("train"))
-    if kind != "bpe":
+    if kind not in LEARNED:
         return make_tokenizer(kind, vocab_size, texts)
-    key = cache_key(source.identity, BPE_RULES, vocab_size)
+    key = cache_key(source.identity, LEARNED[kind], vocab_size)
     path = directory / "tokens" / key / "tokenizer.json"
     if not path.is_file():
         tokenizer = make_tokenizer(kind, vocab_size, texts)

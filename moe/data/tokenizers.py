@@ -19,7 +19,8 @@ from moe.config import nearest
 from moe.errors import ConfigError, DataError
 
 _BYTES = 256
-BPE_RULES = "bpe, single digits"  # how merges are learned: another text for other rules
+# Tokenizers that are learned from text, and the rules of it: another text for other rules.
+LEARNED = {"bpe": "bpe, single digits", "characters": "characters"}
 _LANES = 64  # small vocabularies are padded to a multiple, for sharding and matrix units
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # what an unknown character is decoded to
 
