@@ -51,6 +51,7 @@ def complete_config(config: ConfigDict, overrides: Sequence[tuple[str, str]] = (
         config_lib.default_config(),
         free=(*NAMED, "data.files", "data.weights", "evaluation.generalisation"),
     )
+    _fill_missing(config, config_lib.default_config())
     for key, text in overrides:
         section, _, last = key.partition(".")
         if section in NAMED and last == "name":
@@ -62,6 +63,19 @@ def complete_config(config: ConfigDict, overrides: Sequence[tuple[str, str]] = (
         config_lib.apply_override(config, key, text)
     check_numbers(config)
     return config
+
+
+def _fill_missing(config: ConfigDict, schema: ConfigDict) -> None:
+    """Keys that the run of an older version had no value for get their default."""
+    for key, value in schema.items():
+        if key not in config:
+            config[key] = value
+        elif (
+            isinstance(value, ConfigDict)
+            and key not in NAMED
+            and isinstance(config[key], ConfigDict)
+        ):
+            _fill_missing(config[key], value)
 
 
 def _router_keys(name: str) -> dict[str, Any]:

@@ -169,6 +169,7 @@ def default_config() -> ConfigDict:
                 "sample_rate": None,  # of sound, a second; None: that of the data set
                 "mels": 40,  # bands of log-mel frames
                 "too_long": "truncate",  # or skip, error: examples that a row does not hold
+                "workers": 0,  # processes that read; 0: threads
                 "skip_bad": 0,  # bad records that may be left out of a split
                 "corrupt": None,  # kind:severity of inputs, moe/data/corrupt.py
             },
@@ -197,6 +198,19 @@ def default_config() -> ConfigDict:
                 "rules": "separate",  # or folded, folded_data, hybrid, zero1
             },
             "checkpoint": {"every": 100, "keep_latest": 2, "keep_best": 1},
+            # What is not learned from, and when a run gives up: docs/reliability.md.
+            "guards": {
+                "bad_steps": 10,  # in a row with a loss or gradients that are not finite: exit 5
+                "spike_sigmas": 6.0,  # above the mean of recent losses: skipped; None: never
+                "window": 128,  # recent losses; nothing is a spike before there are so many
+                "spikes": 3,  # in a row: back to a checkpoint, and past the batches
+                "skip_batches": 100,  # from the one that spiked first
+                "rewinds": 2,  # of a run, then exit 5
+                # Beyond these in so many evaluations in a row, a warning:
+                "dead_experts": 0.5,  # share of the experts of a layer that get no token
+                "violation": 5.0,  # largest load over the mean load, less 1
+                "evaluations": 3,
+            },
             "evaluation": {
                 "every": 100,
                 "batches": None,  # None: the whole split
@@ -326,6 +340,7 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
     "data.sample_rate": (int,),
     "data.corrupt": (str,),
     "evaluation.batches": (int,),
+    "guards.spike_sigmas": (float,),
     "evaluation.primary": (str,),
     "evaluation.decode_examples": (int,),
     "evaluation.generalisation": (dict,),

@@ -79,11 +79,12 @@ POSITIVE = (
     "optimizer.accumulation checkpoint.every checkpoint.keep_latest evaluation.every evaluation.passes "
     "model.conv_kernel model.rope_base model.norm_eps optimizer.clip_norm optimizer.eps prior.batches "
     "dispatch.capacity_multiple dispatch.chunks data.patch data.mels evaluation.decode_length "
-    "evaluation.beam"
+    "evaluation.beam guards.bad_steps guards.window guards.spikes guards.evaluations"
 ).split()
 POSITIVE_OR_NONE = (
     "model.logit_softcap dispatch.capacity_factor dispatch.eval_capacity_factor evaluation.batches "
-    "dispatch.group dispatch.buffer_factor data.stride data.sample_rate evaluation.decode_examples"
+    "dispatch.group dispatch.buffer_factor data.stride data.sample_rate evaluation.decode_examples "
+    "guards.spike_sigmas"
 ).split()
 BELOW_ONE = "model.dropout optimizer.b1 optimizer.b2 prior.floor".split()
 NOT_NEGATIVE = (
@@ -92,7 +93,8 @@ NOT_NEGATIVE = (
     "optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay checkpoint.keep_best "
     "optimizer.final_fraction optimizer.decay_fraction"
     " model.dropout optimizer.b1 optimizer.b2 prior.every prior.rate prior.floor data.skip_bad"
-    " evaluation.train_gap evaluation.length_penalty"
+    " evaluation.train_gap evaluation.length_penalty data.workers guards.skip_batches guards.rewinds"
+    " guards.dead_experts guards.violation"
 ).split()
 # Kinds of layers: double has two sparse parts in a row; only some tokens go through those of depth.
 BLOCKS = ("dense", "sparse", "double", "depth", "depth_sparse")

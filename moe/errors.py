@@ -37,6 +37,18 @@ class CheckpointError(UserError):
     exit_code = 4
 
 
+class DivergedError(UserError):
+    """Training that cannot go on: numbers that are not finite, or spikes beyond their budget."""
+
+    exit_code = 5
+
+
+class ResourceError(UserError):
+    """A disk that is full or a memory that is too small."""
+
+    exit_code = 6
+
+
 def find_row(table: Mapping[str, Row], key: str, name: str, kind: str) -> Row:
     """The row of a table that the config picks by name.
 
@@ -56,5 +68,7 @@ def find_row(table: Mapping[str, Row], key: str, name: str, kind: str) -> Row:
     )
 
 
+# A run that was alive and did nothing for too long: the watchdog ended it.
+EXIT_STUCK = 70
 # A run that was asked to stop (SIGTERM, Ctrl-C) and has saved its state: start it again to go on.
 EXIT_PREEMPTED = 75

@@ -62,6 +62,7 @@ def make_data(
         if values[key] < 1:
             raise ConfigError(f"data.{key}={values[key]} must be greater than 0.")
     root = data_directory(values.pop("directory"))
+    values.pop("workers")
     of_examples = {argument: values.pop(key) for key, argument in _OF_EXAMPLES.items()}
     values |= {"root": root, "seed": seed, "saved_tokenizer": tokenizer}
     name, label = values["name"], str(of_examples["label_feature"])
