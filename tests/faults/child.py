@@ -1,0 +1,168 @@
+"""`train.py` with faults: `python3 tests/faults/child.py inf_grad@9 sleep@7:60 -- --config=... --workdir=...`.
+
+A fault is `kind@step`, `kind@first-last`, with `:value` where it takes one. Nothing of the program
+knows of this: functions that `train` calls are wrapped before it starts. `SAVING n` is printed when the
+save of step n begins.
+"""
+
+from collections.abc import Callable
+import hashlib
+import math
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from moe import cli, programs
+from moe.data.batches import RowData
+import train
+
+
+class Fault(NamedTuple):
+    kind: str
+    first: int
+    last: int
+    value: float
+
+    def at(self, step: int) -> bool:
+        return self.first <= step <= self.last
+
+
+def parse(text: str) -> Fault:
+    kind, _, rest = text.partition("@")
+    steps, _, value = rest.partition(":")
+    first, _, last = steps.partition("-")
+    return Fault(kind, int(first), int(last or first), float(value or 0))
+
+
+def bad_weight(value: float) -> Callable[[tuple], tuple]:
+    """A loss with this weight: the loss or its gradient is not finite."""
+
+    def change(arguments: tuple) -> tuple:
+        *rest, hyper = arguments
+        return *rest, hyper._replace(losses={**hyper.losses, "z": np.float32(value)})
+
+    return change
+
+
+def spiked(arguments: tuple) -> tuple:
+    """Targets that nothing predicts."""
+    state, batch, *rest = arguments
+    targets = jax.device_put((batch.targets + 101) % 256, batch.targets.sharding)
+    return state, batch._replace(targets=targets), *rest
+
+
+CHANGES = {"nan_loss": bad_weight(math.nan), "inf_grad": bad_weight(1e37), "spike": spiked}
+RAN = {"step": 0}  # the step that runs
+
+
+def wrap_step(faults: list[Fault]) -> None:
+    compile_step = programs.compile_train_step
+
+    def compiled(run: Any, state: Any) -> Any:
+        for fault in faults:
+            if fault.kind == "slow_compile":
+                print("COMPILING", flush=True)
+                # Minutes without one Python byte code, as in a compiler.
+                hashlib.pbkdf2_hmac("sha256", b"", b"", int(2e6 * fault.value))
+        step_of = compile_step(run, state)
+
+        def step(*arguments: Any) -> Any:
+            number = RAN["step"] = int(arguments[0].step) + 1
+            for fault in (one for one in faults if one.at(number)):
+                if fault.kind in ("sleep", "slow_step"):
+                    time.sleep(fault.value)
+                if fault.kind == "raise":
+                    raise RuntimeError(f"raised on purpose at step {number}")
+                if fault.kind == "no_memory":
+                    raise MemoryError(f"no memory on purpose at step {number}")
+                if fault.kind in CHANGES:
+                    arguments = CHANGES[fault.kind](arguments)
+            return step_of(*arguments)
+
+        return step
+
+    programs.compile_train_step = compiled
+
+
+def wrap_evaluation(faults: list[Fault]) -> None:
+    compile_step = programs.compile_eval_step
+
+    def compiled(*arguments: Any) -> Any:
+        step_of = compile_step(*arguments)
+
+        def step(*given: Any) -> Any:
+            print("EVALUATING", flush=True)
+            for fault in faults:
+                if fault.kind == "slow_eval" and fault.at(RAN["step"]):
+                    time.sleep(fault.value)
+            return step_of(*given)
+
+        return step
+
+    programs.compile_eval_step = compiled
+
+
+def wrap_data(faults: list[Fault]) -> None:
+    """The batch of a step never comes."""
+    make = RowData.train_batches
+    hangs = [fault for fault in faults if fault.kind == "hang_data"]
+
+    def train_batches(self: RowData, *arguments: Any, **named: Any) -> Any:
+        batches = make(self, *arguments, **named)
+        given = type(batches).__next__
+        rows = self.batch_size
+
+        def hand_out(self: Any) -> Any:
+            if any(fault.at(self.get_state()["next_row"] // rows + 1) for fault in hangs):
+                print("WAITING", flush=True)
+                time.sleep(10_000)
+            return given(self)
+
+        type(batches).__next__ = hand_out
+        return batches
+
+    RowData.train_batches = train_batches
+
+
+def wrap_clock(faults: list[Fault]) -> None:
+    """The clock on the wall jumps by so many seconds."""
+    for name, unit in (("time", 1), ("time_ns", 10**9)):
+        true = getattr(time, name)
+
+        def jumped(true: Any = true, unit: int = unit) -> Any:
+            jump = sum(fault.value for fault in faults if fault.at(RAN["step"]))
+            return true() + type(true())(jump * unit)
+
+        setattr(time, name, jumped)
+
+
+def wrap_save() -> None:
+    save = train.save
+
+    def announced(run: Any, step: int, *rest: Any) -> Any:
+        print(f"SAVING {step}", flush=True)
+        return save(run, step, *rest)
+
+    train.save = announced
+
+
+def main() -> None:
+    cut = sys.argv.index("--")
+    faults = [parse(text) for text in sys.argv[1:cut]]
+    sys.argv = ["train.py", *sys.argv[cut + 1 :]]
+    wrap_step(faults)
+    wrap_evaluation(faults)
+    wrap_save()
+    kinds = {fault.kind for fault in faults}
+    if "hang_data" in kinds:
+        wrap_data(faults)
+    if "clock" in kinds:
+        wrap_clock([fault for fault in faults if fault.kind == "clock"])
+    cli.run(train.main)
+
+
+if __name__ == "__main__":
+    main()
