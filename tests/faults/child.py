@@ -58,33 +58,44 @@ CHANGES = {"nan_loss": bad_weight(math.nan), "inf_grad": bad_weight(1e37), "spik
 RAN = {"step": 0}  # the step that runs
 
 
+def tell(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 def wrap_step(faults: list[Fault]) -> None:
     compile_step = programs.compile_train_step
 
     def compiled(run: Any, state: Any) -> Any:
-        for fault in faults:
-            if fault.kind == "slow_compile":
-                print("COMPILING", flush=True)
-                # Minutes without one Python byte code, as in a compiler.
-                hashlib.pbkdf2_hmac("sha256", b"", b"", int(2e6 * fault.value))
+        for fault in (one for one in faults if one.kind == "slow_compile"):
+            tell("COMPILING")
+            # So long without one Python byte code, as in a compiler.
+            hashlib.pbkdf2_hmac("sha256", b"", b"", int(2e6 * fault.value))
         step_of = compile_step(run, state)
 
         def step(*arguments: Any) -> Any:
             number = RAN["step"] = int(arguments[0].step) + 1
             for fault in (one for one in faults if one.at(number)):
-                if fault.kind in ("sleep", "slow_step"):
-                    time.sleep(fault.value)
-                if fault.kind == "raise":
-                    raise RuntimeError(f"raised on purpose at step {number}")
-                if fault.kind == "no_memory":
-                    raise MemoryError(f"no memory on purpose at step {number}")
-                if fault.kind in CHANGES:
-                    arguments = CHANGES[fault.kind](arguments)
+                disturb(fault, number)
+                arguments = CHANGES.get(fault.kind, unchanged)(arguments)
             return step_of(*arguments)
 
         return step
 
     programs.compile_train_step = compiled
+
+
+def disturb(fault: Fault, step: int) -> None:
+    if fault.kind in ("sleep", "slow_step"):
+        time.sleep(fault.value)
+    if fault.kind == "raise":
+        raise RuntimeError(f"raised on purpose at step {step}")
+    if fault.kind == "no_memory":
+        raise MemoryError(f"no memory on purpose at step {step}")
+
+
+def unchanged(arguments: tuple) -> tuple:
+    return arguments
 
 
 def wrap_evaluation(faults: list[Fault]) -> None:
@@ -94,7 +105,7 @@ def wrap_evaluation(faults: list[Fault]) -> None:
         step_of = compile_step(*arguments)
 
         def step(*given: Any) -> Any:
-            print("EVALUATING", flush=True)
+            tell("EVALUATING")
             for fault in faults:
                 if fault.kind == "slow_eval" and fault.at(RAN["step"]):
                     time.sleep(fault.value)
@@ -117,7 +128,7 @@ def wrap_data(faults: list[Fault]) -> None:
 
         def hand_out(self: Any) -> Any:
             if any(fault.at(self.get_state()["next_row"] // rows + 1) for fault in hangs):
-                print("WAITING", flush=True)
+                tell("WAITING")
                 time.sleep(10_000)
             return given(self)
 
@@ -143,7 +154,7 @@ def wrap_save() -> None:
     save = train.save
 
     def announced(run: Any, step: int, *rest: Any) -> Any:
-        print(f"SAVING {step}", flush=True)
+        tell(f"SAVING {step}")
         return save(run, step, *rest)
 
     train.save = announced
