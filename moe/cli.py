@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 import os
 import runpy
 import sys
+import traceback
 from typing import Any
 
 from absl import flags
+import jax
 import ml_collections
 
 from moe import config as config_lib
@@ -14,6 +16,7 @@ from moe.config import ConfigDict
 from moe.config_rules import check_numbers
 from moe.errors import ConfigError, UserError
 from moe.model.attention_table import find_attention
+from moe.parallel import distributed
 from moe.routing.table import router_options
 
 
@@ -161,4 +164,10 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
         code = error.exit_code
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        code = 1
+    distributed.leave_on_failure(code or 0)
     sys.exit(code)

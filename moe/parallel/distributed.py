@@ -1,11 +1,17 @@
 """Processes and devices: who takes part in the run."""
 
 import ipaddress
+import os
+import sys
+from typing import Any
 
 from absl import flags
 import jax
 
-from moe.errors import ConfigError
+from moe.errors import EXIT_PREEMPTED, ConfigError
+
+HEARTBEAT_SECONDS = 100  # JAX's own
+_SHUTDOWN_SECONDS = 300  # that a process which is done waits for those that still write
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -23,6 +29,13 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     integer("num_processes", "Processes of the run.")
     integer("process_id", "Number of this process, from 0.")
+    flags.DEFINE_integer(
+        "heartbeat_seconds",
+        HEARTBEAT_SECONDS,
+        "Without a sign of life for so long a process of several is taken for dead, and all end.",
+        lower_bound=1,
+        flag_values=values,
+    )
     flags.DEFINE_bool(
         "detect_cluster",
         False,
@@ -39,6 +52,7 @@ def start_from_flags(values: flags.FlagValues) -> None:
         num_processes=values.num_processes,
         process_id=values.process_id,
         detect_cluster=values.detect_cluster,
+        heartbeat_seconds=values.heartbeat_seconds,
     )
 
 
@@ -49,6 +63,7 @@ def start(
     num_processes: int | None = None,
     process_id: int | None = None,
     detect_cluster: bool = False,
+    heartbeat_seconds: int = HEARTBEAT_SECONDS,
 ) -> None:
     """Joins the other processes of the run. Call it before anything touches a device.
 
@@ -61,6 +76,8 @@ def start(
         detect_cluster: let JAX find all three in the environment of Slurm, Open MPI, a TPU pod or
             Kubernetes. Process 0 then listens on all interfaces, or on what the environment variable
             JAX_COORDINATOR_BIND_ADDRESS (`host:port`) says.
+        heartbeat_seconds: without a sign of life for so long a process is taken for dead; the others
+            are ended by SIGABRT.
 
     Raises:
         ConfigError: some of the three are missing, or out of range; no cluster was found.
@@ -75,8 +92,12 @@ def start(
         "--num_processes": num_processes,
         "--process_id": process_id,
     }
+    timeouts = {
+        "heartbeat_timeout_seconds": heartbeat_seconds,
+        "shutdown_timeout_seconds": _SHUTDOWN_SECONDS,
+    }
     if detect_cluster:
-        _join_cluster([name for name, value in given.items() if value is not None])
+        _join_cluster([name for name, value in given.items() if value is not None], timeouts)
         return
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
@@ -96,17 +117,34 @@ def start(
         process_id,
         coordinator_bind_address=coordinator_address if is_loopback(coordinator_address) else None,
         initialization_timeout=120,
+        **timeouts,
     )
 
 
-def _join_cluster(given: list[str]) -> None:
+def leave_on_failure(code: int) -> None:
+    """Ends a process of several at once if it fails; alone, or with nothing wrong, it does nothing.
+
+    The usual exit waits at a barrier for the other processes. They cannot come to it from a step that
+    needs this one, so that all would be ended by SIGABRT later and the exit code would be lost.
+
+    Args:
+        code: what the process is about to return to the shell.
+    """
+    if code in (0, EXIT_PREEMPTED) or not jax.distributed.is_initialized():
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _join_cluster(given: list[str], timeouts: dict[str, Any]) -> None:
     if given:
         raise ConfigError(
             f"--detect_cluster with {', '.join(given)}: the cluster tells all three. Leave out one or "
             "the other."
         )
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(**timeouts)
     except ValueError as error:
         raise ConfigError(
             f"--detect_cluster found no cluster ({error}) It reads the variables that srun, mpirun, a TPU pod "
