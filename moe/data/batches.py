@@ -1,40 +1,29 @@
-"""From rows to batches: mixing, shuffling, sharding by process, resuming.
+"""A data set as batches: what all kinds of data have in common.
 
 A global batch is the same rows whatever the number of processes; process p of n takes the p-th of
-n equal blocks of it. The place in the data is the number of global batches consumed.
+n equal blocks of it.
 """
 
 import abc
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import grain
 import numpy as np
 
 from moe.config import nearest
+from moe.data.order import ENDLESS, Block, Rows, mixed, stack
 from moe.data.pack import Row, padding_row
+from moe.data.pipeline import code_of
+from moe.data.place import TrainBatches
 from moe.data.tokenizers import Tokenizer
 from moe.data.types import Batch
-from moe.errors import CheckpointError, ConfigError, DataError
+from moe.errors import ConfigError, DataError
 
 _EVAL_ORDER = 0  # seed of the fixed order of evaluation rows
-_ENDLESS = 1 << 53  # rows; grain computes the number of batches in floating point
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)  # the buffer counts batches
-
-
-@runtime_checkable
-class Rows(Protocol):
-    """Rows by random access."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-        ...
-
-    def __getitem__(self, index: int) -> Row:
-        """The row of that number."""
-        ...
 
 
 def mixing_weights(
@@ -77,6 +66,8 @@ class RowData(abc.ABC):
     batch_size: int  # of the global batch
     sequence_length: int
     seed: int
+
+    kind: ClassVar[str]  # of `moe.data.pipeline.IN_CODE`
 
     @property
     @abc.abstractmethod
@@ -128,7 +119,7 @@ class RowData(abc.ABC):
         process_index: int = 0,
         process_count: int = 1,
         start_state: dict[str, Any] | None = None,
-    ) -> "TrainBatches":
+    ) -> TrainBatches:
         """Returns an endless iterator over this process's blocks of the global batches.
 
         Args:
@@ -136,9 +127,14 @@ class RowData(abc.ABC):
             process_count: number of blocks; must divide the batch size.
             start_state: what `get_state` returned, on any number of processes; None is the start.
         """
-        mixed = self._mixed()
-        block = _blocks(mixed, _ENDLESS, self.batch_size, process_index, process_count)
-        batches = TrainBatches(_read(block, self.batch_size // process_count), self._identity())
+        stream = mixed(self.rows("train"), self.weights.values(), self.seed)
+
+        def read(row: int) -> Iterator[Batch]:
+            block = Block(stream, ENDLESS, self.batch_size, process_index, process_count, row)
+            return iter(_read(block))
+
+        read(0)  # a wrong block is told now
+        batches = TrainBatches(read, self._identity(), self.batch_size)
         if start_state is not None:
             batches.set_state(start_state)
         return batches
@@ -152,20 +148,19 @@ class RowData(abc.ABC):
         filled with rows of padding; every process gets as many batches as the others.
         """
         block = self._eval_block(split, process_index, process_count)
-        return iter(_read(block, self.batch_size // process_count))
+        return iter(_read(block))
 
     def eval_batch(
         self, split: str, index: int, process_index: int = 0, process_count: int = 1
     ) -> Batch:
         """Returns the `index`-th batch of `eval_batches`; beyond the last one it starts again."""
         block = self._eval_block(split, process_index, process_count)
-        own = self.batch_size // process_count
-        first = index % self.num_batches(split) * own
-        return stack([block[row] for row in range(first, first + own)])
+        first = index % self.num_batches(split) * block.own
+        return stack([block[row] for row in range(first, first + block.own)])
 
-    def _eval_block(self, split: str, process_index: int, process_count: int) -> "_Block":
+    def _eval_block(self, split: str, process_index: int, process_count: int) -> Block:
         rows = _EvalRows(self.rows(split), self.num_batches(split) * self.batch_size)
-        return _blocks(rows, len(rows), self.batch_size, process_index, process_count)
+        return Block(rows, len(rows), self.batch_size, process_index, process_count)
 
     def check_split(self, split: str) -> None:
         """Raises ConfigError for a split that the data lacks."""
@@ -182,65 +177,14 @@ class RowData(abc.ABC):
                 "text, or lower data.batch_size or data.sequence_length."
             )
 
-    def _mixed(self) -> grain.MapDataset:
-        """Returns the endless stream of training rows; each domain is shuffled anew each epoch."""
-        parts = []
-        for rows in self.rows("train"):
-            seed = np.random.SeedSequence([self.seed, len(parts)]).generate_state(1)[0]
-            parts.append(grain.MapDataset.source(rows).shuffle(int(seed)).repeat())
-        if len(parts) == 1:
-            return parts[0]
-        return grain.MapDataset.mix(parts, weights=list(self.weights.values()))
-
     def _identity(self) -> dict[str, Any]:
         return {
             "fingerprint": self.fingerprint,
             "seed": self.seed,
-            "batch_size": self.batch_size,
             "sequence_length": self.sequence_length,
             "weights": self.weights,
+            "code": code_of(self.kind),
         }
-
-
-class TrainBatches:
-    """An endless iterator over training batches that can stop and resume at any batch.
-
-    Args:
-        batches: the batches of this process.
-        identity: what must be equal for a state to mean the same place.
-    """
-
-    def __init__(self, batches: grain.IterDataset, identity: dict[str, Any]):
-        self._iterator = iter(batches)
-        self._identity = identity
-
-    def __iter__(self) -> "TrainBatches":
-        return self
-
-    def __next__(self) -> Batch:
-        return next(self._iterator)
-
-    def get_state(self) -> dict[str, Any]:
-        """Returns the place after the batches consumed, as JSON; the same on every process."""
-        return {**self._identity, "next_batch": self._iterator.get_state()["next_index"]}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a place that `get_state` returned.
-
-        Raises:
-            CheckpointError: it is a place in other data, or in data that was read otherwise.
-        """
-        for key, now in self._identity.items():
-            if key not in state or state[key] != now:
-                raise CheckpointError(
-                    f"The checkpoint's place in the data belongs to {key}={state.get(key)!r}, and "
-                    f"now it is {now!r}: training would not continue where it stopped. Restore the "
-                    "data and the config of the run, or start a new workdir."
-                )
-        place = state.get("next_batch")
-        if not isinstance(place, int) or place < 0:
-            raise CheckpointError(f"The checkpoint's place in the data is {place!r}, not a number.")
-        self._iterator.set_state({"next_index": place})
 
 
 class _EvalRows:
@@ -263,42 +207,7 @@ class _EvalRows:
         return self._parts[part][row - int(self._ends[part]) + len(self._parts[part])]
 
 
-class _Block:
-    """The rows of one process: block p of every global batch, batch after batch."""
-
-    def __init__(self, rows, length: int, batch_size: int, block: int, blocks: int):
-        self._rows = rows
-        self._length = length // batch_size * (batch_size // blocks)
-        self._batch = batch_size
-        self._own = batch_size // blocks
-        self._first = block * self._own
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> Row:
-        batch, row = divmod(index, self._own)
-        return self._rows[batch * self._batch + self._first + row]
-
-
-def _blocks(rows, length: int, batch_size: int, index: int, count: int) -> _Block:
-    if batch_size % count:
-        raise ConfigError(
-            f"data.batch_size={batch_size} is not divisible by the {count} processes: each takes "
-            "an equal part of every batch."
-        )
-    if not 0 <= index < count:
-        raise ConfigError(f"There is no process {index} of {count}.")
-    return _Block(rows, length, batch_size, index, count)
-
-
-def _read(rows: _Block, batch_size: int) -> grain.IterDataset:
+def _read(rows: Block) -> grain.IterDataset:
     """Batches rows and reads ahead in threads."""
-    batched = grain.MapDataset.source(rows).batch(batch_size, batch_fn=stack)
+    batched = grain.MapDataset.source(rows).batch(rows.own, batch_fn=stack)
     return batched.to_iter_dataset(_READ)
-
-
-def stack(rows: Sequence[Row]) -> Batch:
-    """The batch of these rows."""
-    fields = zip(*rows, strict=True)
-    return Batch(*(None if field[0] is None else np.stack(field) for field in fields))

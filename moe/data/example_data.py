@@ -3,15 +3,17 @@
 from collections.abc import Mapping, Sequence
 import dataclasses
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
 from moe.data.audio import sample_rate
-from moe.data.batches import RowData, mixing_weights, stack
+from moe.data.batches import RowData, mixing_weights
 from moe.data.example_rows import ExampleRows, Layout, frame_shape, needed
 from moe.data.examples import ExampleStore, Records, count, open_examples, texts_of
 from moe.data.features import Fields, find_fields
 from moe.data.images import num_patches
+from moe.data.order import stack
 from moe.data.store import cached_tokenizer
 from moe.data.tokenizers import Tokenizer
 from moe.data.types import Batch
@@ -152,6 +154,8 @@ def _check_length(store: ExampleStore, layout: Layout) -> None:
 class ExampleData(RowData):
     """Encoded examples, ready to be read."""
 
+    kind: ClassVar[str] = "examples"
+
     store: ExampleStore = dataclasses.field(repr=False)
     layout: Layout = dataclasses.field(repr=False)
 
@@ -203,6 +207,12 @@ class ExampleData(RowData):
             for m, name in enumerate(self.domains)
             if name in self.weights or split != "train"
         ]
+
+    def _identity(self) -> dict[str, Any]:
+        too_long = (
+            "skip" if self.layout.too_long == "skip" else "keep"
+        )  # decides which rows there are
+        return {**super()._identity(), "too_long": too_long}
 
     def references(self, split: str, index: Sequence[int] | np.ndarray) -> list[str]:
         """The targets of these examples, as they were written."""

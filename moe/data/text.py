@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import dataclasses
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -66,6 +67,8 @@ def text_data(
 @dataclasses.dataclass(frozen=True)
 class TextData(RowData):
     """A tokenised corpus, ready to be read."""
+
+    kind: ClassVar[str] = "text"
 
     store: TokenStore = dataclasses.field(repr=False)
 

@@ -58,9 +58,9 @@ def test_resume_is_exact(section):
 
 def test_state_counts_batches_consumed_not_read_ahead(section):
     batches = make_data(section(), seed=0).train_batches()
-    assert batches.get_state()["next_batch"] == 0
+    assert batches.get_state()["next_row"] == 0
     take(batches, 3)
-    assert batches.get_state()["next_batch"] == 3
+    assert batches.get_state()["next_row"] == 3 * 4
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -136,7 +136,6 @@ def test_weights_set_the_mixture(section):
     ("changes", "seed", "key"),
     [
         ({}, 1, "seed"),
-        ({"batch_size": 8}, 0, "batch_size"),
         ({"sequence_length": 8}, 0, "sequence_length"),
         ({"weights": {"short": 1.0}}, 0, "weights"),
         ({"tokenizer": "bpe", "vocab_size": 300}, 0, "fingerprint"),
@@ -152,7 +151,7 @@ def test_a_place_in_other_data_is_refused(section, changes, seed, key):
 def test_other_text_or_a_broken_state_is_refused(section, corpus):
     data = make_data(section(), seed=0)
     state = data.train_batches().get_state()
-    for broken in ({}, state | {"next_batch": None}, state | {"next_batch": -1}):
+    for broken in ({}, state | {"next_row": None}, state | {"next_row": -1}):
         with pytest.raises(CheckpointError):
             data.train_batches(start_state=broken)
     with corpus.open("a") as file:
