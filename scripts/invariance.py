@@ -117,7 +117,7 @@ def measure(cells: list[Cell], known: dict[str, dict[str, Any]]) -> dict[Cell, D
         with tempfile.TemporaryDirectory() as folder:
             together(count, shared, Path(folder))
             for number, cell in enumerate(shared):
-                with np.load(Path(folder) / f"{number}.npz") as file:
+                with np.load(Path(folder) / f"{number}.npz", allow_pickle=False) as file:
                     leaves = [file[f"arr_{i}"] for i in range(len(file.files))]
                 shape = jax.tree.structure(oracle(cell.oracle))
                 record(cell, jax.tree.unflatten(shape, leaves))

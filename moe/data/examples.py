@@ -320,7 +320,7 @@ def _open(path: Path, fields: Fields) -> ExampleStore:
 def _open_split(path: Path, split: str, meta: Mapping[str, Any]) -> ExampleSplit:
     fields = {}
     for name, kept in meta["fields"].items():
-        starts = np.load(path / f"{split}.{name}.starts.npy", mmap_mode="r")
+        starts = np.load(path / f"{split}.{name}.starts.npy", mmap_mode="r", allow_pickle=False)
         flat = np.memmap(path / f"{split}.{name}", np.dtype(kept["dtype"]), mode="r")
         if len(flat) != starts[-1]:
             raise ValueError(f"{split}.{name} has {len(flat)} numbers and not {starts[-1]}")
@@ -331,7 +331,9 @@ def _open_split(path: Path, split: str, meta: Mapping[str, Any]) -> ExampleSplit
                 "the data set."
             )
         fields[name] = Field(flat, starts, shape)
-    domain, label = (np.load(path / f"{split}.{part}.npy") for part in ("domain", "label"))
+    domain, label = (
+        np.load(path / f"{split}.{part}.npy", allow_pickle=False) for part in ("domain", "label")
+    )
     return ExampleSplit(fields, domain, label, meta["skipped"])
 
 

@@ -23,6 +23,7 @@ from moe.errors import DataError
 
 _CHUNK = 1 << 20  # characters tokenised at once
 _META = "meta.json"
+_DTYPES = {"uint16": np.dtype(np.uint16), "int32": np.dtype(np.int32)}  # of token files
 
 
 class TokenSplit(NamedTuple):
@@ -89,6 +90,9 @@ def document_keys(source: Source, directory: Path) -> Shaped[np.ndarray, " n"]:
     """Returns the CRC-32 of the key of each training document, uint32, in the order of its tokens.
 
     Read from the source once, then from `tokens/<key>/` below the data directory.
+
+    Raises:
+        DataError: the file there is damaged.
     """
     path = directory / "tokens" / cache_key(source.identity, "keys") / "train.key.npy"
     if not path.is_file():
@@ -96,7 +100,10 @@ def document_keys(source: Source, directory: Path) -> Shaped[np.ndarray, " n"]:
         keys = [zlib.crc32((d.key or d.text).encode("utf-8", "surrogateescape")) for d in documents]
         with directory_in_one_go(path.parent) as temporary:
             np.save(temporary / path.name, np.array(keys, np.uint32))
-    return np.load(path)
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(_damaged(path.parent, repr(error))) from error
 
 
 def _write(source: Source, tokenizer: Tokenizer, path: Path) -> None:
@@ -172,7 +179,7 @@ def _encoded(chunk: list[Document], tokenizer: Tokenizer) -> Iterator[tuple[Docu
 def _open(path: Path) -> TokenStore:
     try:
         meta = json.loads((path / _META).read_text(encoding="utf-8"))
-        splits = {split: _open_split(path, split, np.dtype(meta["dtype"])) for split in SPLITS}
+        splits = {split: _open_split(path, split, _DTYPES[meta["dtype"]]) for split in SPLITS}
         counts = {
             split: {name: Count(*count) for name, count in of_split.items()}
             for split, of_split in meta["counts"].items()
@@ -191,8 +198,8 @@ def _open(path: Path) -> TokenStore:
 def _open_split(path: Path, split: str, dtype: np.dtype) -> TokenSplit:
     return TokenSplit(
         ids=np.memmap(path / f"{split}.ids", dtype, mode="r"),
-        starts=np.load(path / f"{split}.starts.npy", mmap_mode="r"),
-        domain=np.load(path / f"{split}.domain.npy", mmap_mode="r"),
+        starts=np.load(path / f"{split}.starts.npy", mmap_mode="r", allow_pickle=False),
+        domain=np.load(path / f"{split}.domain.npy", mmap_mode="r", allow_pickle=False),
     )
 
 

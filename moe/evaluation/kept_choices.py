@@ -66,7 +66,7 @@ def read(workdir: Path, split: str) -> list[Kept]:
     for path, found in _files(workdir):
         if found["split"] == split:
             try:
-                with np.load(path) as file:
+                with np.load(path, allow_pickle=False) as file:
                     expert, experts = file["expert"].astype(np.int32), int(file["num_experts"])
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
                 continue
