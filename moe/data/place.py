@@ -111,19 +111,20 @@ class TrainBatches:
 
 def _row(state: dict[str, Any]) -> int:
     """The number of rows consumed, from a state of any format."""
-    place, factor = state.get("next_row"), 1
-    if "next_row" not in state:
-        place, factor = state.get("next_batch"), state.get(FREE)
-    if not (_counts(place) and _counts(factor) and place * factor < ENDLESS):
+    if "next_row" in state:
+        return _number(state, "next_row", ENDLESS)
+    batch_size = _number(state, FREE, ENDLESS)
+    return _number(state, "next_batch", ENDLESS // max(1, batch_size)) * batch_size
+
+
+def _number(state: dict[str, Any], key: str, end: int) -> int:
+    value = state.get(key)
+    if type(value) is not int or not 0 <= value < end:
         raise CheckpointError(
-            f"The checkpoint's place in the data is {place!r} times {factor!r} rows, which is no "
-            "number of rows: the checkpoint is damaged. Restore an earlier one, or start a new workdir."
+            f"The checkpoint's place in the data has {key}={value!r}, which is no number of rows: the "
+            "checkpoint is damaged. Restore an earlier one, or start a new workdir."
         )
-    return place * factor
-
-
-def _counts(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return value
 
 
 def _refusal(refused: dict[str, list[Any]]) -> str:
