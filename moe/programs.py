@@ -80,6 +80,7 @@ def jit_train_step(run: setup.Run):
         active_losses(run.config.losses.to_dict(), learned=run.spec.learns_routing),
         o.accumulation,
         run.config.router.jitter > 0,
+        run.config.guards.spike_sigmas is not None,
     )
     everywhere = NamedSharding(run.mesh, PartitionSpec())
     return jax.jit(
@@ -135,5 +136,6 @@ def hyper(run: setup.Run) -> Hyper:
         jitter=c.router.jitter,
         dropout=c.model.dropout,
         update_options=pick_options(update, c.router.to_dict()),
+        spike_sigmas=0.0 if c.guards.spike_sigmas is None else c.guards.spike_sigmas,
     )
     return jax.tree.map(lambda number: np.float32(number), values)

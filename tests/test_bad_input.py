@@ -11,7 +11,7 @@ import pytest
 from moe.cli import load_config, split_overrides
 from moe.data.tokenizers import byte_tokenizer
 from moe.model.build import model_spec
-from moe.training import optimizer
+from moe.training import guards, optimizer
 from moe.training.checkpoint import Checkpointer
 from moe.training.state import TrainState, make_skeleton
 from moe.training.workdir import write_config
@@ -152,7 +152,7 @@ def workdir(text, tmp_path) -> Path:
     params, router = tiny.numbers(skeleton)
     o = config.optimizer
     moments = optimizer.adam(b1=o.b1, b2=o.b2, eps=o.eps).init(params)
-    state = TrainState(jax.numpy.int32(3), params, router, moments)
+    state = TrainState(jax.numpy.int32(3), params, router, moments, guards.fresh())
     workdir = tmp_path / "run"
     workdir.mkdir()
     write_config(workdir, config.to_dict())

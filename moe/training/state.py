@@ -13,6 +13,8 @@ from moe.model.layer import RouterState
 from moe.model.spec import ModelSpec
 from moe.model.transformer import Transformer
 from moe.parallel.rules import RULES, Rules, parameter_shardings
+from moe.training import guards
+from moe.training.guards import GuardState
 
 
 class TrainState(NamedTuple):
@@ -22,6 +24,7 @@ class TrainState(NamedTuple):
     params: Any  # pure dict of float32 arrays
     router: Any  # pure dict: biases, tables; no gradient, no decay
     optimizer: optax.OptState
+    guard: GuardState  # what was skipped, and the losses that spikes are measured against
 
 
 class Skeleton(NamedTuple):
@@ -50,14 +53,28 @@ def _fill(template: nnx.State, pure: Any) -> nnx.State:
 
 
 def initialize(
-    spec: ModelSpec, transformation: optax.GradientTransformation, key: Key[Array, ""]
+    spec: ModelSpec,
+    transformation: optax.GradientTransformation,
+    key: Key[Array, ""],
+    window: int = guards.WINDOW,
 ) -> TrainState:
-    """A fresh state; the same numbers for the same key on any mesh."""
+    """A fresh state; the same numbers for the same key on any mesh.
+
+    Args:
+        spec: of the model.
+        transformation: of gradients.
+        key: of the parameters.
+        window: losses that a spike is measured against.
+    """
     model = Transformer(spec, rngs=nnx.Rngs(params=key))
     _, params, router = nnx.split(model, nnx.Param, RouterState)
     params = nnx.to_pure_dict(params)
     return TrainState(
-        jnp.zeros((), jnp.int32), params, nnx.to_pure_dict(router), transformation.init(params)
+        jnp.zeros((), jnp.int32),
+        params,
+        nnx.to_pure_dict(router),
+        transformation.init(params),
+        guards.fresh(window),
     )
 
 
@@ -79,14 +96,18 @@ def state_shardings(
         transform_non_params=lambda _: everywhere,
     )
     router = jax.tree.map(lambda _: everywhere, nnx.to_pure_dict(skeleton.router))
-    return TrainState(everywhere, params, router, optimizer)
+    guard = GuardState(*[everywhere] * len(GuardState._fields))
+    return TrainState(everywhere, params, router, optimizer, guard)
 
 
 def abstract_state(
-    spec: ModelSpec, transformation: optax.GradientTransformation, shardings: TrainState
+    spec: ModelSpec,
+    transformation: optax.GradientTransformation,
+    shardings: TrainState,
+    window: int = guards.WINDOW,
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state, for a restore."""
-    shapes = jax.eval_shape(lambda: initialize(spec, transformation, jax.random.key(0)))
+    """Shapes, dtypes and shardings of the state, for a restore; arguments as for `initialize`."""
+    shapes = jax.eval_shape(lambda: initialize(spec, transformation, jax.random.key(0), window))
     return jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
         shapes,

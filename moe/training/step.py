@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 import optax
 
 from moe.data.types import Batch
@@ -22,7 +22,9 @@ from moe.routing.losses import counted
 from moe.routing.router import pick_inputs
 from moe.routing.table import ROUTERS
 from moe.routing.types import Scalar
+from moe.training import guards
 from moe.training import optimizer as optimizer_lib
+from moe.training.guards import GuardState
 from moe.training.objective import Forward, RowSums, forward, forward_rows, predictions
 from moe.training.state import Skeleton, TrainState
 
@@ -39,6 +41,7 @@ class Hyper(NamedTuple):
     jitter: Scalar
     dropout: Scalar
     update_options: dict[str, Any]  # of the router's state update
+    spike_sigmas: Scalar  # above the mean of recent losses; read where `Plan.spikes`
 
 
 class StepMetrics(NamedTuple):
@@ -49,6 +52,8 @@ class StepMetrics(NamedTuple):
     learning_rate: Float[Array, ""]
     grad_norm: Float[Array, ""]
     totals: metrics.Totals | None  # None for a dense model
+    guard: GuardState  # after the step
+    update_applied: Bool[Array, ""]  # False: nothing was learned from this batch
 
 
 class Scale(NamedTuple):
@@ -81,6 +86,7 @@ class Plan(NamedTuple):
     losses: tuple[Active, ...]  # on routing, see `loss_table.active_losses`
     accumulation: int  # microbatches
     jitter: bool  # whether the gate's input is noisy at all
+    spikes: bool  # whether a loss far above the recent ones is skipped
 
     @property
     def counted(self) -> str | None:
@@ -121,8 +127,23 @@ def train_step(
     )
     cost = aux.losses["cross_entropy"]
     router = update_router(plan.spec, state.router, aux.totals, cost, hyper.update_options)
-    told = StepMetrics(aux.rows, aux.losses, new.learning_rate, new.grad_norm, aux.totals)
-    return TrainState(state.step + 1, new.params, router, new.optimizer), told
+    finite = guards.all_finite((aux.losses, new.grad_norm, new.params, new.optimizer, router))
+    spike = (
+        guards.is_spike(state.guard, cost, hyper.spike_sigmas)
+        if plan.spikes
+        else jnp.asarray(False)
+    )
+    guard = guards.advance(state.guard, cost, finite, spike)
+    applied = finite & ~spike
+    told = StepMetrics(
+        aux.rows, aux.losses, new.learning_rate, new.grad_norm, aux.totals, guard, applied
+    )
+    learned = guards.keep(
+        applied,
+        (new.params, router, new.optimizer),
+        (state.params, state.router, state.optimizer),
+    )
+    return TrainState(state.step + 1, *learned, guard), told
 
 
 def gradients(

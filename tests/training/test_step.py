@@ -15,7 +15,7 @@ from moe.routing.balance import update_bias
 from moe.routing.loss_table import LOSSES, active_losses
 from moe.routing.router import pick_options
 from moe.routing.table import ROUTERS
-from moe.training import optimizer
+from moe.training import guards, optimizer
 from moe.training.state import TrainState
 from moe.training.step import Hyper, Plan, StepMetrics, train_step
 from tests import tiny
@@ -34,7 +34,10 @@ class Step(NamedTuple):
     def state(self) -> TrainState:
         """A fresh copy, to be donated."""
         params, router = jax.tree.map(jnp.copy, (self.model.params, self.model.router))
-        return TrainState(jnp.int32(0), params, router, self.plan.transformation.init(params))
+        moments = self.plan.transformation.init(params)
+        return TrainState(
+            jnp.int32(0), params, router, moments, guards.fresh(self.config.guards.window)
+        )
 
     def __call__(
         self, state: TrainState, batch: Batch, **changes: Any
@@ -56,6 +59,7 @@ def hyper(config: ConfigDict) -> Hyper:
         jitter=config.router.jitter,
         dropout=config.model.dropout,
         update_options=options,
+        spike_sigmas=config.guards.spike_sigmas or 0.0,
     )
 
 
@@ -76,6 +80,7 @@ def make_step(*overrides: str) -> Step:
         losses=active_losses(config.losses.to_dict(), learned=model.spec.learns_routing),
         accumulation=o.accumulation,
         jitter=config.router.jitter > 0,
+        spikes=config.guards.spike_sigmas is not None,
     )
     run = jax.jit(functools.partial(train_step, plan), donate_argnums=0)
     return Step(config, model, plan, run)
