@@ -101,7 +101,7 @@ def main(argv: list[str]) -> int:
     check_numbers(**numbers)
     reuse_buffers()
     distributed.start_from_flags(FLAGS)
-    best = best_rule(saved.get("task", {}).get("name", "language"))
+    best = best_rule(cli.saved_config(saved).task.name)
     place = workdir / "checkpoints"
     primary = jax.process_index() == 0
     with (
@@ -170,7 +170,7 @@ def reference_steps(run: Run, text: str | None, step: int, checkpointer: Checkpo
 def config_for(saved: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> ConfigDict:
     """The run's config with overrides; a mesh that does not fit these devices gives way to data = -1."""
     overrides = [pair for key, text in overrides for pair in _capacity(key, text)]
-    config = cli.complete_config(ConfigDict(saved), overrides)
+    config = cli.saved_config(saved, overrides)
     asked = any(key.startswith("mesh.") for key, _ in overrides)
     if not asked and not fits(config.mesh.to_dict(), jax.device_count()):
         config.mesh.update(dict.fromkeys(MESH_AXES, 1) | {"data": -1, "slices": 1})

@@ -42,11 +42,28 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigD
     return complete_config(config, overrides)
 
 
+def saved_config(saved: dict[str, Any], overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
+    """`complete_config` of what a config.json holds, which may be a stranger's: values, never code.
+
+    The paths among its values, `data.files` and `data.directory`, are of this machine, and are read.
+
+    Raises:
+        ConfigError: also for what no config file could have made.
+    """
+    try:
+        config = ConfigDict(saved)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"config.json holds no config of a run: {error}. Give the workdir of a run of train.py."
+        ) from error
+    return complete_config(config, overrides)
+
+
 def complete_config(config: ConfigDict, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
     """Fills in options of what has a name, applies overrides, checks what needs nothing but the config."""
     sections = config.to_dict()
-    model = sections.get("model", {})
-    if isinstance(model.get("pattern"), list):  # as JSON gives it back
+    model = sections.get("model")
+    if isinstance(model, dict) and isinstance(model.get("pattern"), list):  # as JSON gives it back
         model["pattern"] = tuple(model["pattern"])
     config = ConfigDict(sections)
     config_lib.check_known_keys(
@@ -55,6 +72,8 @@ def complete_config(config: ConfigDict, overrides: Sequence[tuple[str, str]] = (
         free=(*NAMED, "data.files", "data.weights", "evaluation.generalisation"),
     )
     _fill_missing(config, config_lib.default_config())
+    for section in NAMED:
+        config_lib.check_type(f"{section}.name", config[section].get("name"), "")
     for key, text in overrides:
         section, _, last = key.partition(".")
         if section in NAMED and last == "name":

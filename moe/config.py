@@ -314,6 +314,11 @@ def _parse(key: str, text: str, old: Any) -> Any:
         value = special[text.lower()] if text.lower() in special else ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
+    except (RecursionError, MemoryError) as error:
+        raise ConfigError(
+            f"config key {key!r} is given a value of {len(text)} characters that is nested too deeply to "
+            f"be read: {text[:60]!r}... Give a plain value."
+        ) from error
     if tuple in wanted and isinstance(value, str | list):
         value = tuple(value.split(",")) if isinstance(value, str) else tuple(value)
     if float in wanted and type(value) is int:

@@ -6,22 +6,26 @@ Files in it: `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/<step>
 
 from collections.abc import Generator
 import contextlib
+import errno
 import fcntl
 import importlib.metadata
 import json
 import os
 from pathlib import Path
 import platform
+import re
 import socket
 import subprocess
 from typing import Any
 
 import jax
 
-from moe.errors import ConfigError
+from moe.errors import ConfigError, ResourceError, UserError
 
 CONFIG_FILE = "config.json"
 _LOCK_FILE = ".lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DRAFT = re.compile(r".+\.(\d+)\.tmp")  # of `write_atomically`, by the process that writes it
 _PACKAGES = (
     "moe",
     "jax",
@@ -41,8 +45,13 @@ _PACKAGES = (
 def open_workdir(path: str | Path, *, primary: bool = True) -> Generator[Path, None, None]:
     """Holds the only right to write in a workdir for the length of a `with` block.
 
-    The right is a lock that the kernel takes back when its holder dies, however it dies. A
+    The right is a lock (`flock`) that the kernel takes back when its holder dies, however it dies. A
     directory that this call made and that holds no file at the end is removed again.
+
+    Two hosts with one disk: NFS of Linux tells its server of the lock, so that other hosts see it and a
+    host that vanished loses it when the server's lease ends (about 90 s); mounted with `nolock` or
+    `local_lock=flock`, or on Lustre without `-o flock`, a lock holds on its own host alone and nothing
+    here can tell. There only the user keeps two hosts apart.
 
     Args:
         path: The workdir; its parent exists.
@@ -54,6 +63,7 @@ def open_workdir(path: str | Path, *, primary: bool = True) -> Generator[Path, N
     Raises:
         ConfigError: If the parent is missing, the path is no directory, nothing can be written
             there, or another run holds it.
+        ResourceError: If its disk is full.
     """
     workdir = Path(path).expanduser().absolute()
     if not primary:
@@ -65,6 +75,7 @@ def open_workdir(path: str | Path, *, primary: bool = True) -> Generator[Path, N
     try:
         _check_writable(workdir)
         descriptor = _lock(workdir)
+        _remove_torn(workdir)
         yield workdir
     finally:
         if descriptor is not None:
@@ -99,8 +110,9 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
     """
     path = Path(workdir) / CONFIG_FILE
     try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        text = path.read_text(encoding="utf-8")
+        record = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{path} cannot be read ({error}). A workdir has the config of its run in "
             f"{CONFIG_FILE}; give the --workdir of a run that has started."
@@ -110,14 +122,40 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
     return record
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file as a whole: readers see the old text or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys differ: of two equal ones readers would disagree on which counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for key in found if names.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice")
+    return found
+
+
+def _constant(name: str) -> float:
+    if name == "NaN":
+        raise ValueError("NaN is no value of a config")
+    return float(name)
+
+
+def write_atomically(path: Path, contents: str | bytes) -> None:
+    """Replaces a file as a whole: readers see the old contents or the new, and nothing else is left.
+
+    Raises:
+        OSError: it could not be written; the old contents stand.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    data = contents.encode() if isinstance(contents, str) else contents
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def package_versions() -> dict[str, str]:
@@ -185,7 +223,12 @@ def _check_writable(workdir: Path) -> None:
         raise _not_writable(workdir, error) from error
 
 
-def _not_writable(workdir: Path, error: OSError) -> ConfigError:
+def _not_writable(workdir: Path, error: OSError) -> UserError:
+    if error.errno in _FULL:
+        return ResourceError(
+            f"--workdir={workdir} has no room: {error.strerror}. A run writes checkpoints and records "
+            "there; free space, or choose a directory on another disk."
+        )
     return ConfigError(
         f"--workdir={workdir} cannot be written: {error.strerror}. A run needs to create files "
         "there; choose a directory on a disk that is writable and has room."
@@ -196,25 +239,58 @@ def _lock(workdir: Path) -> int:
     """Takes the lock and writes who holds it; returns the open file descriptor."""
     path = workdir / _LOCK_FILE
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise _not_writable(workdir, error) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             holder = os.pread(descriptor, 4096, 0).decode(errors="replace").strip()
             os.close(descriptor)
-            raise ConfigError(
-                f"--workdir={workdir} is in use by {holder or 'another run'}: {error.strerror}. "
-                "Two runs would overwrite each other; wait for it, stop it, or choose another "
-                "workdir."
-            ) from error
+            raise _not_locked(workdir, error, holder) from error
         if _is_file(descriptor, path):
             break
         os.close(descriptor)  # a run that has just ended removed the file between our two calls
     os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
+    with contextlib.suppress(OSError):  # the lock holds, with its holder's name or without
+        os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
     # A forked worker that outlives a killed run must not keep the lock.
     os.register_at_fork(after_in_child=lambda: _close_if_file(descriptor, path))
     return descriptor
+
+
+def _not_locked(workdir: Path, error: OSError, holder: str) -> ConfigError:
+    if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+        return ConfigError(
+            f"--workdir={workdir} is in use by {holder or 'another run'}: {error.strerror}. "
+            "Two runs would overwrite each other; wait for it, stop it, or choose another "
+            "workdir."
+        )
+    return ConfigError(
+        f"--workdir={workdir} cannot be locked: {error.strerror}. The lock keeps a second run from "
+        "writing there; choose a directory on a file system that has locks."
+    )
+
+
+def _remove_torn(workdir: Path) -> None:
+    """Removes what a process that was killed had not finished writing."""
+    for folder in (workdir, workdir / "eval", workdir / "choices"):
+        for path in folder.glob("*.tmp"):
+            found = _DRAFT.fullmatch(path.name)
+            if found is not None and not _is_alive(int(found[1])):
+                path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether this host has such a process, of whomever."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _is_file(descriptor: int, path: Path) -> bool:
