@@ -3,7 +3,6 @@
 import ipaddress
 import os
 import sys
-from typing import Any
 
 from absl import flags
 import jax
@@ -92,12 +91,9 @@ def start(
         "--num_processes": num_processes,
         "--process_id": process_id,
     }
-    timeouts = {
-        "heartbeat_timeout_seconds": heartbeat_seconds,
-        "shutdown_timeout_seconds": _SHUTDOWN_SECONDS,
-    }
     if detect_cluster:
-        _join_cluster([name for name, value in given.items() if value is not None], timeouts)
+        named = [name for name, value in given.items() if value is not None]
+        _join_cluster(named, heartbeat_seconds)
         return
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
@@ -117,7 +113,8 @@ def start(
         process_id,
         coordinator_bind_address=coordinator_address if is_loopback(coordinator_address) else None,
         initialization_timeout=120,
-        **timeouts,
+        heartbeat_timeout_seconds=heartbeat_seconds,
+        shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
 
 
@@ -137,14 +134,16 @@ def leave_on_failure(code: int) -> None:
     os._exit(code)
 
 
-def _join_cluster(given: list[str], timeouts: dict[str, Any]) -> None:
+def _join_cluster(given: list[str], heartbeat_seconds: int) -> None:
     if given:
         raise ConfigError(
             f"--detect_cluster with {', '.join(given)}: the cluster tells all three. Leave out one or "
             "the other."
         )
     try:
-        jax.distributed.initialize(**timeouts)
+        jax.distributed.initialize(
+            heartbeat_timeout_seconds=heartbeat_seconds, shutdown_timeout_seconds=_SHUTDOWN_SECONDS
+        )
     except ValueError as error:
         raise ConfigError(
             f"--detect_cluster found no cluster ({error}) It reads the variables that srun, mpirun, a TPU pod "
