@@ -3,8 +3,9 @@
 from typing import Any
 
 from moe import setup
-from moe.dryrun.units import memory_size
 from moe.dryrun.waste import resolved_exchange
+from moe.training.memory import activation_fixes, state_fix
+from moe.units import memory_size
 
 WASTE = 1.03  # compiled FLOPs over the least, beyond which it is said
 EXTRA = 1.1  # exchanged bytes over the least
@@ -31,46 +32,6 @@ def misfit(run: setup.Run, record: dict[str, Any]) -> list[str]:
     if limit is None or state < 0.9 * limit:
         said += activation_fixes(run)
     return said
-
-
-def state_fix(run: setup.Run) -> str:
-    """How to spread the state over more devices."""
-    config = run.config
-    rules = config.mesh.rules
-    cut = {"separate": "folded or hybrid", "zero1": "separate, folded or hybrid"}.get(rules)
-    fix = "Use more devices along mesh.fsdp or mesh.expert"
-    if cut:
-        fix += f", mesh.rules={cut} (now {rules}), which cuts what this one keeps whole"
-    if config.optimizer.moment_dtype == "float32":
-        fix += ", or optimizer.moment_dtype=bfloat16, which halves the moments"
-    return fix + "."
-
-
-def activation_fixes(run: setup.Run) -> list[str]:
-    """How to hold fewer activations."""
-    config, said = run.config, []
-    rows = config.data.batch_size // config.optimizer.accumulation
-    per_device = rows * run.mesh.shape["tensor"] * run.mesh.shape["sequence"] / run.mesh.size
-    if run.spec.remat != "full":
-        said.append(
-            f"Set model.remat=full (now {run.spec.remat}): keep only the routing decisions."
-        )
-    if per_device > 1:
-        said.append(
-            f"Each device holds {per_device:.0f} rows at once: raise optimizer.accumulation (now "
-            f"{config.optimizer.accumulation}), or lower data.batch_size."
-        )
-    if config.attention.get("query_block", 0) is None and config.data.sequence_length > 512:
-        said.append(
-            f"Attention keeps {run.spec.heads} x {config.data.sequence_length}^2 scores a row: set "
-            "attention.query_block=512."
-        )
-    if config.dispatch.name == "grouped" and config.dispatch.buffer_factor is None:
-        said.append(
-            "The exchange has room for every row to reach one shard: set dispatch.buffer_factor=1.25, which "
-            "drops (and counts) what a shard cannot take, or dispatch.chunks."
-        )
-    return said or ["Use more devices, or a mesh.sequence or mesh.tensor above 1."]
 
 
 def wasted(run: setup.Run, record: dict[str, Any]) -> list[str]:

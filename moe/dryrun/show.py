@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moe.dryrun.units import duration, memory_size, sent_size
+from moe.units import duration, memory_size, sent_size
 
 ROWS = 8
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moe.dryrun.show import count
-from moe.dryrun.units import duration, memory_size, sent_size
+from moe.units import duration, memory_size, sent_size
 
 COLUMNS = (
     *("config", "model", "topology", "mesh, rules", "memory", "FLOPs compiled / least"),

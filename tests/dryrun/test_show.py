@@ -4,7 +4,7 @@ import pytest
 
 from moe.dryrun.show import count, differences, numbers, show
 from moe.dryrun.table import COLUMNS, table
-from moe.dryrun.units import duration, memory_size, sent_size
+from moe.units import duration, memory_size, sent_size
 from tests.dryrun.example import record, refused
 
 
