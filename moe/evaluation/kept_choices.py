@@ -17,6 +17,7 @@ import numpy as np
 
 from moe.evaluation import routing_analysis as analysis
 from moe.evaluation.compare import overlap_metrics
+from moe.training.workdir import write_atomically
 
 DIRECTORY = "choices"
 KEPT_TOKENS = 4096  # of an evaluation's first batch, at most, in whole rows; one row at least
@@ -45,9 +46,7 @@ def keep(workdir: Path, split: str, kept: Kept) -> None:
     np.savez_compressed(
         data, expert=kept.expert.astype(smallest), num_experts=np.int32(kept.num_experts)
     )
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data.getvalue())
-    temporary.replace(path)
+    write_atomically(path, data.getvalue())
 
 
 def forget_after(workdir: Path, step: int) -> None:

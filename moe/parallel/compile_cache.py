@@ -14,7 +14,8 @@ from pathlib import Path
 import platform
 import sys
 import tempfile
-from typing import Any
+from typing import Any, TextIO
+import warnings
 import zlib
 
 from absl import flags
@@ -26,6 +27,7 @@ OFF = "none"
 MIN_SECONDS = 0.1  # a program that compiles faster is not worth a file
 _DIRECTORY = "jax_compilation_cache_dir"
 _THRESHOLD = "jax_persistent_cache_min_compile_time_secs"
+_NOT_KEPT = "Error writing persistent compilation cache entry"  # what jax warns with
 _ZLIB = 0x78  # first byte of a zlib stream
 
 
@@ -62,12 +64,46 @@ def persistent(
     absent = _absent(settings[_DIRECTORY])
     _update(settings)
     try:
-        yield
+        with _said_once(settings[_DIRECTORY]):
+            yield
     finally:
         _update(before)
         for path in absent:  # jax makes them before it has anything for them
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+
+@contextlib.contextmanager
+def _said_once(folder: str | None) -> Generator[None, None, None]:
+    """A disk that fills up: jax warns of every program that it cannot keep, and leaves parts of them."""
+    show, said = warnings.showwarning, []
+
+    def once(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if not str(message).startswith(_NOT_KEPT):
+            show(message, category, filename, lineno, file, line)
+        elif not said:
+            said.append(str(message))
+            with contextlib.suppress(OSError):  # standard error may lie on the same disk
+                print(  # noqa: T201
+                    f"note: the compile cache {folder} cannot be written ({message}). The run goes on, and "
+                    "compiles again what is not kept. This is said once.",
+                    file=sys.stderr,
+                )
+
+    warnings.showwarning = once  # ty: ignore[invalid-assignment]
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
+        if said and folder is not None and "://" not in folder:
+            _drop_torn(Path(folder))
 
 
 def _settings(

@@ -1,7 +1,12 @@
-"""How far a run is: a bar on a terminal, plain lines anywhere else."""
+"""How far a run is: a bar on a terminal, plain lines anywhere else.
+
+A log on a full disk and a terminal that is gone never stop a run: what cannot be shown is left out.
+"""
 
 from collections.abc import Mapping
+import contextlib
 import io
+import os
 import sys
 import time
 from typing import Any
@@ -33,6 +38,7 @@ class Progress:
         self._visible = visible
         self._stream = sys.stderr if stream is None else stream
         self._first: tuple[int, float] | None = None  # step and clock of the first update
+        self._lost = False  # whether a line could not be written
         self._bar = None
         if visible and self._stream.isatty():
             self._bar = tqdm(
@@ -59,9 +65,10 @@ class Progress:
             if text:
                 self._write(f"step {step}/{self._total}  {text}")
             return
-        if text:
-            self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update(step - self._bar.n)
+        with contextlib.suppress(OSError):
+            if text:
+                self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
 
     def message(self, text: str) -> None:
         """Prints a line of its own, above the bar."""
@@ -70,16 +77,33 @@ class Progress:
         if self._bar is None:
             self._write(text)
         else:
-            self._bar.write(text, file=self._stream)
+            with contextlib.suppress(OSError):
+                self._bar.write(text, file=self._stream)
 
     def close(self) -> None:
         """Leaves the bar as it stands."""
-        if self._bar is not None:
-            self._bar.close()
+        with contextlib.suppress(OSError):
+            if self._bar is not None:
+                self._bar.close()
+        if self._lost:
+            self._give_up()
 
     def _write(self, line: str) -> None:
-        self._stream.write(line + "\n")
-        self._stream.flush()
+        try:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+        except OSError:
+            self._lost = True
+
+    def _give_up(self) -> None:
+        """Lets go of lines that still found no room: Python would end with code 120 for them."""
+        try:
+            self._stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+            self._stream.flush()
 
     def _seconds_left(self, step: int, values: Mapping[str, Any]) -> float | int | None:
         """By the clock since the first update, which leaves compilation out and evaluation in."""

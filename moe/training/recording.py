@@ -2,7 +2,7 @@
 
 JSON knows no NaN and no infinity: both are written as null, so that every reader can parse every
 line. A disk that is full never stops training: the first failure is warned about, the lost lines
-stay lost, and no half line is left behind.
+stay lost, and no half line or half event is left behind. No file stays open between two records.
 """
 
 from collections.abc import Mapping
@@ -10,18 +10,22 @@ import json
 import math
 import os
 from pathlib import Path
-import time
+import re
+import struct
 from types import TracebackType
 from typing import Any
 
 from absl import logging
 import numpy as np
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # ty: ignore[missing-module-member]
+from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import scalar
+
+from moe.training.workdir import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
+_EVENTS = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 
 
 class Recorder:
@@ -37,7 +41,7 @@ class Recorder:
         self._events_directory = Path(workdir) / TENSORBOARD_DIRECTORY
         self._primary = primary
         self._first_step: int | None = None  # of this process, once the history was rewound
-        self._writers: dict[str, EventsWriter] = {}
+        self._events: dict[str, Path] = {}  # split -> file
         self._warned = False
 
     def __enter__(self) -> "Recorder":
@@ -87,13 +91,8 @@ class Recorder:
             self._warn(error)
 
     def close(self) -> None:
-        """Closes the TensorBoard files; every line is on disk already."""
-        for writer in self._writers.values():
-            try:
-                writer.close()
-            except OSError as error:
-                self._warn(error)
-        self._writers.clear()
+        """Every record is in its file already: what is written later starts another file of events."""
+        self._events.clear()
 
     def _rewind_lines(self, step: int) -> None:
         if not self._path.exists():
@@ -103,32 +102,39 @@ class Recorder:
         after = b"".join(line for line in lines if _is_kept(line, step))
         if after == before:
             return
-        replacement = self._path.with_name(METRICS_FILE + ".tmp")
-        with replacement.open("wb") as file:
-            file.write(after)
-            file.flush()
-            os.fsync(file.fileno())
-        replacement.replace(self._path)
+        write_atomically(self._path, after)
 
     def _write_events(self, step: int, split: str, values: dict[str, Any]) -> None:
-        writer = self._writers.get(split)
-        if writer is None:
-            writer = self._writers[split] = self._open_events(split)
-        for key, value in values.items():
-            if isinstance(value, float | int):
-                writer.write_event(Event(step=step, summary=scalar(key, value)))
-        writer.flush()
+        events = [
+            Event(step=step, summary=scalar(key, value))
+            for key, value in values.items()
+            if isinstance(value, float | int)
+        ]
+        path = self._events.get(split) or self._next_events(split)
+        if split not in self._events:
+            events = [*self._opening(), *events]
+        _append(path, b"".join(_framed(event) for event in events))
+        self._events[split] = path
 
-    def _open_events(self, split: str) -> EventsWriter:
-        """One directory a split, so that TensorBoard draws its curves over those of the others."""
+    def _next_events(self, split: str) -> Path:
+        """One directory a split, so that TensorBoard draws its curves over those of the others.
+
+        TensorBoard reads the files of a directory in the order of their names and expects the time of
+        their making there. A number one above the last keeps the order when the clock jumps.
+        """
         directory = self._events_directory / split
         directory.mkdir(parents=True, exist_ok=True)
-        # The library names files by the second and would overwrite that of a quick restart.
-        writer = EventsWriter(str(directory / "events"), filename_suffix=f".{time.time_ns()}")
+        found = [_EVENTS.match(path.name) for path in directory.iterdir()]
+        number = max((int(one[1]) for one in found if one is not None), default=0) + 1
+        return directory / f"events.out.tfevents.{number:010d}.moe"
+
+    def _opening(self) -> list[Event]:
+        """What a file starts with: its version, and a mark that hides older events from a step on."""
+        opening = [Event(file_version="brain.Event:2")]
         if self._first_step is not None:
-            start = SessionLog(status=SessionLog.START)  # hides older events from this step on
-            writer.write_event(Event(step=self._first_step, session_log=start))
-        return writer
+            start = SessionLog(status=SessionLog.START)
+            opening.append(Event(step=self._first_step, session_log=start))
+        return opening
 
     def _warn(self, error: OSError) -> None:
         if not self._warned:
@@ -181,6 +187,14 @@ def _append(path: Path, line: bytes) -> None:
             raise OSError(f"only {written} of {len(line)} bytes fit")
     finally:
         os.close(descriptor)
+
+
+def _framed(event: Event) -> bytes:
+    """A record of TFRecord: length, its checksum, payload, its checksum."""
+    payload = event.SerializeToString()
+    length = struct.pack("<Q", len(payload))
+    checks = [struct.pack("<I", masked_crc32c(part)) for part in (length, payload)]
+    return length + checks[0] + payload + checks[1]
 
 
 def _plain(value: Any) -> Any:

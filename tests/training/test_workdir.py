@@ -10,7 +10,7 @@ import sys
 import jax
 import pytest
 
-from moe.errors import ConfigError
+from moe.errors import ConfigError, ResourceError
 from moe.training import workdir as workdir_module
 from moe.training.workdir import open_workdir, read_config, write_config
 
@@ -96,7 +96,7 @@ def test_a_full_disk_is_refused_and_the_new_directory_is_gone(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(workdir_module.os, "fsync", no_space)
-    with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
+    with pytest.raises(ResourceError, match="has no room: No space left on device"):
         open_and_close(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
