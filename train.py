@@ -157,7 +157,7 @@ def loop(run: Run, state: TrainState, start: int, batches: TrainBatches, out: Ou
                     size=size,
                 )
                 leave(found, evaluation, out, last=last)
-        stop = out.interruption.requested(step)
+        stop = out.interruption.requested()
         if out.checkpointer.due(step) or last or stop:
             with clock.paused(state):
                 save(run, step, state, batches, found, out.checkpointer)

@@ -1,6 +1,6 @@
 """What `train.py` and `eval.py` both build from a config, in the order in which mistakes are cheap."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import hashlib
 import time
 from typing import Any, NamedTuple
@@ -292,9 +292,20 @@ def eval_batches(run: Run, split: str) -> Iterator[Batch]:
 
 
 def timed_evaluation(
-    run: Run, eval_step: EvalStep, params: Any, router: Any, split: str, *, limit: int | None = None
+    run: Run,
+    eval_step: EvalStep,
+    params: Any,
+    router: Any,
+    split: str,
+    *,
+    limit: int | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> tuple[Evaluation, dict[str, float]]:
-    """Evaluates a split, at most `limit` batches; with `speed/*` and `memory/*`."""
+    """Evaluates a split, at most `limit` batches; with `speed/*` and `memory/*`.
+
+    Raises:
+        EvaluationStopped: `stop`, asked between two batches, said so.
+    """
     started = time.perf_counter()
     evaluation = evaluate(
         eval_step,
@@ -305,6 +316,7 @@ def timed_evaluation(
         domains=run.data.domains,
         to_device=to_device(run.mesh),
         limit=limit,
+        stop=stop,
     )
     seconds = time.perf_counter() - started
     speed = {"speed/tokens_per_second": evaluation.metrics["tokens"] / seconds}
@@ -320,6 +332,7 @@ def evaluate_split(
     split: str,
     step: int,
     size: ModelSize,
+    stop: Callable[[], bool] | None = None,
 ) -> tuple[dict[str, Any], Evaluation]:
     """The record of an evaluation, as it goes to `eval/`, and what it was made of.
 
@@ -331,9 +344,14 @@ def evaluate_split(
         split: "valid" or "test"; at most `evaluation.batches` batches of it.
         step: optimiser steps of these numbers.
         size: of the model.
+        stop: asked between two batches.
+
+    Raises:
+        EvaluationStopped: `stop` said so.
     """
+    limit = run.config.evaluation.batches
     evaluation, speed = timed_evaluation(
-        run, eval_step, params, router, split, limit=run.config.evaluation.batches
+        run, eval_step, params, router, split, limit=limit, stop=stop
     )
     length = run.config.data.sequence_length
     record = evaluation_record(

@@ -66,6 +66,10 @@ class Evaluated(NamedTuple):
     experts: Int[Array, "L R S K"] | None  # of the first rows; None for a dense model
 
 
+class EvaluationStopped(Exception):
+    """The run was asked to stop between two batches of an evaluation, which has found nothing."""
+
+
 EvalStep = Callable[[Any, Any, Batch, Key[Array, ""]], Evaluated]
 
 
@@ -150,6 +154,7 @@ def evaluate(
     domains: tuple[str, ...],
     to_device: Callable[[Batch], Batch],
     limit: int | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Evaluation:
     """Runs over the batches and divides the sums.
 
@@ -162,12 +167,18 @@ def evaluate(
         domains: names by domain index.
         to_device: makes the global batch of this process's part.
         limit: batches at most; None is the whole split.
+        stop: asked between two batches, equally often by every process; must be the same on all.
 
     Returns:
         Cross-entropy in nats a token and the rest, over all domains and for each.
+
+    Raises:
+        EvaluationStopped: `stop` said so.
     """
     sums, sample, choices, rows = None, None, None, []
     for index, local in enumerate(itertools.islice(batches, limit)):
+        if index and stop is not None and stop():
+            raise EvaluationStopped(f"The evaluation was stopped after {index} batches.")
         found = eval_step(params, router, to_device(local), jax.random.fold_in(key, index))
         done, experts = _to_host(found.sums), found.experts
         rows.append(examples.collect(found.examples))

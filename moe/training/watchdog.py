@@ -1,0 +1,148 @@
+"""Ends a run that is alive and does nothing: stacks of all threads, one line of cause, exit 70.
+
+The watch is a Python thread. A C call that never returns and never gives up the interpreter's lock
+stops that thread too; then faulthandler's own thread writes the stacks, and whoever started the
+process has to end it. (faulthandler could end it, but also would when a process that was stopped
+for long goes on.)
+"""
+
+from collections.abc import Generator
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+from types import FrameType, TracebackType
+
+from absl import flags
+
+from moe.errors import EXIT_STUCK, ConfigError
+
+FLAG = "stuck_after"
+_DEFAULT = 1800
+_STDERR = 2
+_TELLING = 10.0  # seconds at most: the reader of stderr may be what hangs
+
+
+def define_flag(values: flags.FlagValues) -> None:
+    """`--stuck_after`."""
+    flags.DEFINE_float(
+        FLAG,
+        _DEFAULT,
+        "Seconds without a step or a batch of an evaluation after which the run ends itself with "
+        f"exit code {EXIT_STUCK}; 0 is never.",
+        flag_values=values,
+    )
+
+
+class Watchdog:
+    """Watches that `beat` is called, inside a `with` block.
+
+    Silence is counted in naps of the watching thread, each as long as it was meant to be or twice
+    that at most: a stopped process, a suspended machine and a clock that is set do not count.
+
+    Args:
+        seconds: of silence before the process ends; 0 is never.
+    """
+
+    def __init__(self, seconds: int | float):
+        if not 0 <= seconds < threading.TIMEOUT_MAX / 4:
+            raise ConfigError(
+                f"--{FLAG}={seconds:g} must be a number of seconds, or 0 for a run that may take "
+                "all the time it wants."
+            )
+        self._seconds = seconds
+        self._nap = min(seconds / 10, 5.0)
+        self._heard = True
+        self._phase = "the start"
+        self._patience = 0  # blocks of `patient`
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        if self._seconds:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._seconds:
+            self._end.set()
+            self._thread.join()
+
+    def beat(self, phase: str) -> None:
+        """Says that the run moves; `phase` is what begins now. Costs two writes of an attribute."""
+        self._phase = phase
+        self._heard = True
+
+    @contextlib.contextmanager
+    def patient(self, phase: str) -> Generator[None, None, None]:
+        """A block that may take all the time it wants: compilation, preparation of data."""
+        self._patience += 1
+        self.beat(phase)
+        try:
+            yield
+        finally:
+            self.beat(f"the end of {phase}")
+            self._patience -= 1
+
+    def _watch(self) -> None:
+        silent = 0.0
+        try:
+            while True:
+                # Only ever due if this thread cannot run. Later than it would be in any case.
+                faulthandler.dump_traceback_later(2 * self._seconds + _TELLING, file=_STDERR)
+                before = time.monotonic()
+                if self._end.wait(self._nap):
+                    return
+                slept = time.monotonic() - before
+                silent += min(slept, 2 * self._nap)
+                if self._heard or self._patience:
+                    self._heard, silent = False, 0.0
+                elif silent > self._seconds:
+                    self._give_up(silent)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _give_up(self, silent: float) -> None:
+        cause = (
+            f"Stuck: nothing has moved for {silent:.0f} s since {self._phase} "
+            f"(--{FLAG}={self._seconds:g}). The stacks above show what each thread waits for: often "
+            "a disk or a source of data that does not answer, or another process of the run that is "
+            "gone. Run it again to go on from the last checkpoint; a run whose steps or saves do "
+            f"take that long needs a greater --{FLAG}.\n"
+        )
+        text = f"\n{stacks()}\n{cause}".encode(errors="backslashreplace")
+        teller = threading.Thread(target=_write, args=(text,), daemon=True)
+        teller.start()
+        teller.join(_TELLING)
+        os._exit(EXIT_STUCK)  # no clean-up: it would wait for what hangs
+
+
+def stacks() -> str:
+    """The stack of every other thread of Python, innermost call last; opens no file."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    frames = sys._current_frames()
+    frames.pop(threading.get_ident())
+    return "\n".join(
+        f"Thread {names.get(ident, ident)}:\n{_stack(frame)}" for ident, frame in frames.items()
+    )
+
+
+def _stack(frame: FrameType | None) -> str:
+    lines = []
+    while frame is not None:
+        code = frame.f_code
+        lines.append(f"  {code.co_filename}:{frame.f_lineno} in {code.co_qualname}")
+        frame = frame.f_back
+    return "\n".join(reversed(lines))
+
+
+def _write(text: bytes) -> None:
+    while text:
+        text = text[os.write(_STDERR, text) :]

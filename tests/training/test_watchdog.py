@@ -1,0 +1,139 @@
+"""The watchdog in processes of its own: what it ends, and what it leaves alone."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+from absl import flags
+import pytest
+
+from moe.errors import EXIT_STUCK, ConfigError
+from moe.training import watchdog
+from moe.training.watchdog import Watchdog
+
+
+def start(code: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_run_that_is_silent_ends_with_stacks_and_one_line_of_cause():
+    child = start(
+        """
+        import threading, time
+        from moe.training.watchdog import Watchdog
+        def reads_a_dead_disk():
+            time.sleep(600)
+        threading.Thread(target=reads_a_dead_disk, name="reader").start()  # would be waited for
+        def waits():
+            threading.Event().wait()
+        with Watchdog(1.0) as dog:
+            for step in range(10):
+                dog.beat(f"step {step}")
+                time.sleep(0.2)  # two seconds in all
+            waits()
+        """
+    )
+    with child:
+        began = time.monotonic()
+        _, errors = child.communicate(timeout=60)
+        assert time.monotonic() - began < 30
+    assert child.returncode == EXIT_STUCK
+    for text in ("Thread MainThread:", " in waits", "Thread reader:", " in reads_a_dead_disk"):
+        assert text in errors
+    cause = errors.splitlines()[-1]
+    assert cause.startswith("Stuck: nothing has moved for 1 s since step 9 (--stuck_after=1)")
+
+
+def test_a_stderr_that_nobody_reads_does_not_keep_a_stuck_run_alive():
+    child = start(
+        """
+        import os, time
+        from moe.training import watchdog
+        watchdog._TELLING = 0.5
+        os.set_blocking(2, False)
+        try:
+            while True:
+                os.write(2, bytes(4096))
+        except BlockingIOError:
+            os.set_blocking(2, True)
+        with watchdog.Watchdog(0.5):
+            time.sleep(600)
+        """
+    )
+    with child:
+        try:
+            assert child.wait(timeout=60) == EXIT_STUCK
+        finally:
+            child.kill()
+
+
+def test_a_process_that_was_stopped_goes_on():
+    child = start(
+        """
+        import time
+        from moe.training.watchdog import Watchdog
+        with Watchdog(1.0) as dog:
+            print("ready", flush=True)
+            for step in range(12):
+                time.sleep(0.5)
+                dog.beat(f"step {step}")
+        """
+    )
+    with child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        for _ in range(2):
+            child.send_signal(signal.SIGSTOP)
+            time.sleep(2.5)
+            child.send_signal(signal.SIGCONT)
+            time.sleep(0.1)
+        _, errors = child.communicate(timeout=60)
+    assert child.returncode == 0, errors
+
+
+def test_patience_and_beats_keep_a_run_and_leave_no_thread(monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(watchdog.os, "_exit", lambda code: ended.set())
+    with Watchdog(0.3) as dog:
+        with dog.patient("compilation"):
+            time.sleep(1.0)
+            with dog.patient("a part of it"):
+                pass
+            time.sleep(1.0)
+        assert not ended.is_set()
+        assert ended.wait(30)  # and after the block it watches again
+    assert "watchdog" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_zero_seconds_watch_nothing():
+    with Watchdog(0) as dog:
+        dog.beat("step 1")
+        assert "watchdog" not in [thread.name for thread in threading.enumerate()]
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
+def test_a_time_that_is_none_is_refused(seconds):
+    with pytest.raises(ConfigError, match="--stuck_after="):
+        Watchdog(seconds)
+
+
+def test_the_flag_has_a_default():
+    values = flags.FlagValues()
+    watchdog.define_flag(values)
+    values(["train.py", "--stuck_after=5"])
+    assert values.stuck_after == 5
+    values(["train.py"])
+    values.unparse_flags()
+    values(["train.py"])
+
+
+def test_a_beat_is_cheap():
+    dog = Watchdog(60.0)
+    began = time.perf_counter()
+    for _ in range(1000):
+        dog.beat("a step")
+    assert time.perf_counter() - began < 0.1  # 0.1 ms each, on a machine shared by ten
