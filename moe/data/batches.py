@@ -8,7 +8,7 @@ import abc
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import grain
 import numpy as np
@@ -18,6 +18,7 @@ from moe.data.order import ENDLESS, Block, Rows, mixed, stack
 from moe.data.pack import Row, padding_row
 from moe.data.pipeline import code_of
 from moe.data.place import TrainBatches
+from moe.data.readers import Job, Readers
 from moe.data.tokenizers import Tokenizer
 from moe.data.types import Batch
 from moe.errors import ConfigError, DataError
@@ -57,6 +58,13 @@ def mixing_weights(
     return {name: weights[name] / total for name in sizes if weights.get(name, 0) > 0}
 
 
+class Source(NamedTuple):
+    """Where a data set came from, so that other processes can open it too."""
+
+    arguments: dict[str, Any]  # of `moe.data.open.make_data`, JSON
+    workers: int  # processes that read training batches; 0 reads in threads
+
+
 @dataclasses.dataclass(frozen=True)
 class RowData(abc.ABC):
     """A data set, ready to be read. Make it with `moe.data.open.make_data`."""
@@ -68,6 +76,7 @@ class RowData(abc.ABC):
     seed: int
 
     kind: ClassVar[str]  # of `moe.data.pipeline.IN_CODE`
+    source: Source | None = dataclasses.field(default=None, kw_only=True, repr=False)
 
     @property
     @abc.abstractmethod
@@ -88,6 +97,11 @@ class RowData(abc.ABC):
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """Hash of everything that is read, and of the tokenizer."""
+
+    @property
+    def code(self) -> str:
+        """Hash of the code that orders and makes rows."""
+        return code_of(self.kind)
 
     @abc.abstractmethod
     def rows(self, split: str) -> Sequence[Rows]:
@@ -127,17 +141,41 @@ class RowData(abc.ABC):
             process_count: number of blocks; must divide the batch size.
             start_state: what `get_state` returned, on any number of processes; None is the start.
         """
-        stream = mixed(self.rows("train"), self.weights.values(), self.seed)
+        block = (process_index, process_count)
+        Block((), 0, self.batch_size, *block)  # one that cannot be is told now
 
         def read(row: int) -> Iterator[Batch]:
-            block = Block(stream, ENDLESS, self.batch_size, process_index, process_count, row)
-            return iter(_read(block))
+            if self.source is None or not self.source.workers:
+                return self.read(row, *block)
+            job = Job(
+                self.source.arguments,
+                self.tokenizer.to_json(),
+                {"fingerprint": self.fingerprint, "code": self.code},
+                self.batch_size,
+                block,
+            )
+            return Readers(job, row, self.source.workers)
 
-        read(0)  # a wrong block is told now
         batches = TrainBatches(read, self._identity(), self.batch_size)
         if start_state is not None:
             batches.set_state(start_state)
         return batches
+
+    def read(
+        self, row: int, process_index: int, process_count: int, worker: int = 0, workers: int = 1
+    ) -> Iterator[Batch]:
+        """Yields a process's blocks of the training batches from a row of the stream on, in threads.
+
+        Args:
+            row: at which the first global batch begins.
+            process_index: which block.
+            process_count: number of blocks.
+            worker: which batch of every `workers` is the first.
+            workers: step from one batch to the next.
+        """
+        stream = mixed(self.rows("train"), self.weights.values(), self.seed)
+        block = Block(stream, ENDLESS, self.batch_size, process_index, process_count, row)
+        return iter(_batched(block).slice(slice(worker, None, workers)).to_iter_dataset(_READ))
 
     def eval_batches(
         self, split: str, process_index: int = 0, process_count: int = 1
@@ -148,7 +186,7 @@ class RowData(abc.ABC):
         filled with rows of padding; every process gets as many batches as the others.
         """
         block = self._eval_block(split, process_index, process_count)
-        return iter(_read(block))
+        return iter(_batched(block).to_iter_dataset(_READ))
 
     def eval_batch(
         self, split: str, index: int, process_index: int = 0, process_count: int = 1
@@ -183,7 +221,7 @@ class RowData(abc.ABC):
             "seed": self.seed,
             "sequence_length": self.sequence_length,
             "weights": self.weights,
-            "code": code_of(self.kind),
+            "code": self.code,
         }
 
 
@@ -207,7 +245,5 @@ class _EvalRows:
         return self._parts[part][row - int(self._ends[part]) + len(self._parts[part])]
 
 
-def _read(rows: Block) -> grain.IterDataset:
-    """Batches rows and reads ahead in threads."""
-    batched = grain.MapDataset.source(rows).batch(rows.own, batch_fn=stack)
-    return batched.to_iter_dataset(_READ)
+def _batched(rows: Block) -> grain.MapDataset:
+    return grain.MapDataset.source(rows).batch(rows.own, batch_fn=stack)

@@ -1,11 +1,12 @@
 """From the config's `data` section to a data set that is ready to be read."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
 from moe.config import ConfigDict, default_config
-from moe.data.batches import RowData
+from moe.data.batches import RowData, Source
 from moe.data.example_data import example_data
 from moe.data.examples import Records, open_records
 from moe.data.pair_records import pair_records
@@ -58,11 +59,17 @@ def make_data(
         DataError: data that is missing, unreadable, empty or too small.
     """
     values: dict[str, Any] = {**default_config().data.to_dict(), **section.to_dict()}
+    given: dict[str, Any] = {
+        "seed": seed,
+        "task": task,
+        "prefix": prefix,
+        "router_valid": router_valid,
+    }
+    source = Source({"section": dict(values), **given}, values.pop("workers"))
     for key in ("batch_size", "sequence_length"):
         if values[key] < 1:
             raise ConfigError(f"data.{key}={values[key]} must be greater than 0.")
     root = data_directory(values.pop("directory"))
-    values.pop("workers")
     of_examples = {argument: values.pop(key) for key, argument in _OF_EXAMPLES.items()}
     values |= {"root": root, "seed": seed, "saved_tokenizer": tokenizer}
     name, label = values["name"], str(of_examples["label_feature"])
@@ -72,14 +79,16 @@ def make_data(
             raise ConfigError(
                 "data.corrupt is of examples, and packed text has none: set it to none."
             )
-        return text_data(**values, router_valid=router_valid)
+        text = text_data(**values, router_valid=router_valid)
+        return dataclasses.replace(text, source=source)
     if router_valid:
         raise ConfigError(
             "prior.every > 0 needs a router-validation split, which is carved from packed text alone: "
             f"set prior.every=0 for task.name={task!r}."
         )
     values = {key: value for key, value in values.items() if key not in _OF_TEXT}
-    return example_data(records, task=task, prefix=prefix, **values, **of_examples)
+    data = example_data(records, task=task, prefix=prefix, **values, **of_examples)
+    return dataclasses.replace(data, source=source)
 
 
 def _records(name: str, files: Any, task: str, root: Path, label: str) -> Records | None:

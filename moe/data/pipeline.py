@@ -28,11 +28,12 @@ IN_CODE: dict[str, tuple[str, ...]] = {
 IN_FINGERPRINT = (
     "batches",  # splits, sizes and the weights, which stand in the state
     "cache",
-    "damage",
     "examples",
     "features",
     "pipeline",
     "place",
+    "reader",
+    "readers",
     "router_valid",
     "sources",
     "store",

@@ -36,17 +36,21 @@ class TrainBatches:
         self._identity = identity
         self._batch_size = batch_size
         self._next_row = 0
-        self._batches: Iterator[Batch] | None = None  # opened at the first batch
+        self._batches: Iterator[Batch] | None = None
 
     def __iter__(self) -> "TrainBatches":
         return self
 
     def __next__(self) -> Batch:
-        if self._batches is None:
-            self._batches = self._read(self._next_row)
-        batch = next(self._batches)
+        batch = next(self.start())
         self._next_row += self._batch_size
         return batch
+
+    def start(self) -> Iterator[Batch]:
+        """Begins to read ahead, if it has not: processes that read need seconds until their first."""
+        if self._batches is None:
+            self._batches = self._read(self._next_row)
+        return self._batches
 
     @property
     def next_row(self) -> int:

@@ -1,0 +1,117 @@
+"""Processes that read: the same batches as threads, and ends of all kinds."""
+
+import itertools
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from moe.data.open import make_data
+from moe.data.place import TrainBatches
+from moe.errors import DataError
+
+SECONDS = 60.0  # for a process to be gone: instants on a quiet machine
+
+
+def take(batches, n):
+    return list(itertools.islice(batches, n))
+
+
+def assert_same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        for x, y in zip(a, b, strict=True):
+            np.testing.assert_array_equal(x, y)
+            assert getattr(x, "dtype", None) == getattr(y, "dtype", None)
+
+
+def pids(batches: TrainBatches) -> list[int]:
+    return [process.pid for process in batches.start()._processes]  # type: ignore[attr-defined]
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def wait_until_gone(found: list[int]) -> None:
+    end = time.monotonic() + SECONDS
+    while not all(map(gone, found)):
+        assert time.monotonic() < end, f"processes {found} are still there"
+        time.sleep(0.05)
+
+
+def test_any_number_of_processes_gives_the_batches_of_threads(section):
+    """From the start, from the middle with another number, for each of two processes of the run."""
+    wanted = take(make_data(section(), seed=3).train_batches(), 11)
+    two = make_data(section(workers=2), seed=3).train_batches()
+    assert_same(wanted[:5], take(two, 5))
+    state, started = two.get_state(), pids(two)
+    assert state["next_row"] == 5 * 4
+    two.close()
+    assert all(map(gone, started))
+    three = make_data(section(workers=3), seed=3).train_batches(1, 2, state)
+    blocks = [type(batch)(*(None if x is None else x[2:] for x in batch)) for batch in wanted]
+    assert_same(blocks[5:], take(three, 6))
+    three.close()
+
+
+def test_a_reader_that_is_killed_is_named_and_takes_the_others_with_it(section):
+    batches = make_data(section(workers=2), seed=0).train_batches()
+    take(batches, 3)
+    found = pids(batches)
+    os.kill(found[1], signal.SIGTERM)  # to all processes of a run: readers go on
+    take(batches, 2)
+    os.kill(found[1], signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(DataError, match=rf"process 1 .*pid {found[1]}.*SIGKILL.*data\.workers"):
+        take(batches, 10_000)
+    assert time.monotonic() - started < SECONDS
+    batches.close()
+    wait_until_gone(found)
+
+
+def test_data_that_changes_meanwhile_is_told_by_the_reader(section, corpus):
+    batches = make_data(section(workers=1), seed=0).train_batches()
+    with corpus.open("a") as file:
+        file.write('{"text": "one more"}\n')
+    with pytest.raises(DataError, match=r"Reader process 0 .*fingerprint"):
+        next(batches)
+    batches.close()
+
+
+PARENT = """
+import json, sys, time
+from ml_collections import ConfigDict
+from moe.data.open import make_data
+batches = make_data(ConfigDict(json.loads(sys.argv[1])), seed=0).train_batches()
+if sys.argv[2] == "early":
+    batches.start()
+else:
+    next(batches)
+print(*(process.pid for process in batches.start()._processes), flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("when", ["early", "late"])
+def test_readers_end_with_a_run_that_is_killed(section, when):
+    """Also while they still import: nothing of theirs is set up then."""
+    argument = section(workers=2).to_json()
+    command = [sys.executable, "-c", PARENT, argument, when]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        found = [int(text) for text in parent.stdout.readline().split()]
+        assert len(found) == 2
+        assert not any(map(gone, found))
+        parent.kill()
+        started = time.monotonic()
+        wait_until_gone(found)
+        assert time.monotonic() - started < SECONDS
