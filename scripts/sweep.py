@@ -3,7 +3,15 @@
     python3 scripts/sweep.py --config=configs/sweeps/routing.py --workdir=runs/routing --workers=2
 
 Run the same command again to go on with a sweep that was stopped or killed. `--config.key=value` fixes
-a key for all trials. With `--storage=postgresql://...` many machines work on one sweep.
+a key for all trials.
+
+Many machines work on one sweep with the same command, a workdir each and one database:
+
+    python3 -m pip install -e '.[postgres]'
+    python3 scripts/sweep.py --config=... --workdir=... --storage=postgresql+psycopg://user@host/name
+
+A machine that is silent for ten heartbeats is taken for dead, and others do its trials. A password in
+the address would stand in the list of processes: libpq also takes it from PGPASSWORD or ~/.pgpass.
 """
 
 from pathlib import Path
@@ -14,6 +22,7 @@ from absl import flags
 from moe import cli
 from moe.sweep.load import load_sweep
 from moe.sweep.run import run_sweep
+from moe.sweep.study import HEARTBEAT_SECONDS
 from moe.sweep.table import to_text
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -27,10 +36,20 @@ flags.DEFINE_string(
     "Optuna database address; without one, a file in the workdir.",
     flag_values=FLAGS,
 )
+flags.DEFINE_float(
+    "heartbeat",
+    HEARTBEAT_SECONDS,
+    "Seconds between signs of life in the storage; after ten without one, others take trials over.",
+    flag_values=FLAGS,
+)
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code: 0 done, 1 with no complete point, 75 stopped before the end."""
+    """Returns the exit code.
+
+    0 done, 1 with no complete point or a worker that failed, 2 config, 4 a damaged storage, 6 a full
+    disk or a storage that is away, 75 stopped before the end. Failed trials are rows of the table.
+    """
     rest, path, overrides = cli.split_overrides(argv)
     cli.parse_flags(rest, FLAGS)
     cli.require_flags(config=path, workdir=FLAGS.workdir)
@@ -41,6 +60,7 @@ def main(argv: list[str]) -> int:
         command=[sys.executable, str(TRAIN)],
         workers=FLAGS.workers,
         storage=FLAGS.storage,
+        heartbeat=FLAGS.heartbeat,
         announce=lambda line: print(line, flush=True),
     )
     print(to_text(outcome.rows, sweep))

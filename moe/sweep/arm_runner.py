@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from moe.errors import EXIT_PREEMPTED, ConfigError
 from moe.sweep.arms import Arm, Comparison, difference
 from moe.sweep.run import check_place, share_of_cores
-from moe.sweep.worker import Stop, failure_text, terminate
+from moe.sweep.trainer import failure_text, terminate
+from moe.sweep.worker import Stop
 
 RESULT = "result.json"
 POLL_SECONDS = 0.5

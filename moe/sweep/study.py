@@ -10,7 +10,7 @@ Optuna's own heartbeat does not do this: it is for `Study.optimize`, and it make
 another number, for each that went stale.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 import contextlib
 import fcntl
 import os
@@ -18,7 +18,6 @@ from pathlib import Path
 import socket
 import time
 from typing import Any, NamedTuple
-import uuid
 
 import optuna
 from optuna.distributions import (
@@ -28,28 +27,57 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.trial import FrozenTrial, Trial, TrialState
-import sqlalchemy.exc
 
 from moe.errors import ConfigError
 from moe.sweep.space import Sweep, fixed_points
+from moe.sweep.storage import PATIENCE_SECONDS, PatientStorage, explained, new_token, open_storage
 
 HEARTBEAT_SECONDS = 30.0
-# A worker of another workdir or machine, whose locks cannot be seen, is dead after so long a silence.
-SILENCE_SECONDS = 300.0
+# A worker of another workdir or machine, whose locks cannot be seen, is dead after so many
+# heartbeats that did not come; it wrote how often they should.
+SILENT_BEATS = 10
 
 POINT = "point"  # user attribute: which point of the sweep a trial is
 OWNER = "owner"  # user attribute: workdir and machine of the worker
-HEARTBEAT = "heartbeat"  # user attribute: changes while the worker lives
+CLAIM = "claim"  # user attribute: whose the trial is, changed by each who takes it
+HEARTBEAT = (
+    "heartbeat"  # user attribute: [time, seconds to the next]; changes while the worker lives
+)
 ERROR = "error"  # user attribute: why a trial failed
 SEEDS = "seeds"  # user attribute: seed -> {"value": float, "curve": [[step, value], ...]}
 
 
+class ClaimLostError(Exception):
+    """Another machine has taken the trial over."""
+
+
 class Claim(NamedTuple):
-    """A trial that this process alone works on, until `lock` is closed."""
+    """A trial that this process alone works on, until `lock` is closed or `beat` raises.
+
+    Attributes:
+        trial: of the study.
+        directory: of its runs.
+        lock: open file, locked.
+        token: that the trial bears as long as it is ours.
+        heartbeat: seconds between two calls of `beat`.
+    """
 
     trial: Trial
     directory: Path
     lock: int
+    token: str
+    heartbeat: float
+
+    def beat(self) -> None:
+        """Tells other machines that this trial's worker lives.
+
+        Raises:
+            ClaimLostError: they thought that it did not.
+        """
+        known = self.trial.storage.get_trial(self.trial._trial_id)
+        if known.user_attrs.get(CLAIM) != self.token:
+            raise ClaimLostError
+        self.trial.set_user_attr(HEARTBEAT, [time.time(), self.heartbeat])
 
 
 def open_study(sweep: Sweep, storage: str) -> optuna.Study:
@@ -57,24 +85,20 @@ def open_study(sweep: Sweep, storage: str) -> optuna.Study:
 
     Raises:
         ConfigError: a storage that cannot be opened, or one that holds another sweep of this name.
+        ResourceError: a storage that is busy, or on a full disk.
+        CheckpointError: a damaged one.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with explained(storage, opening=True):
         study = optuna.create_study(
             study_name=sweep.name,
-            storage=_storage(storage),
+            storage=open_storage(storage, first=True),
             pruner=_pruner(sweep),
             direction=optuna.study.StudyDirection[sweep.direction.upper()],
             load_if_exists=True,
         )
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError) as error:
-        raise ConfigError(
-            f"--storage={_without_password(storage)}: Optuna cannot open it "
-            f"({type(error).__name__}). Give a database address such as sqlite:///sweep.db or "
-            "postgresql://user@host/name, with its driver installed."
-        ) from error
-    _check_same(study, sweep)
-    _enqueue_missing(study, sweep)
+        _check_same(study, sweep)
+        _enqueue_missing(study, sweep)
     return study
 
 
@@ -102,10 +126,18 @@ class Claims:
         study: from `open_study`.
         workdir: of the sweep; holds `trials/<number>/`.
         local: whether only workers of this workdir use the storage.
+        heartbeat: seconds between signs of life of the worker.
     """
 
-    def __init__(self, study: optuna.Study, workdir: Path, *, local: bool):
-        self._study = study
+    def __init__(
+        self,
+        study: optuna.Study,
+        workdir: Path,
+        *,
+        local: bool,
+        heartbeat: float = HEARTBEAT_SECONDS,
+    ):
+        self._study, self._heartbeat = study, heartbeat
         self._local = local
         self._trials = workdir / "trials"
         self._trials.mkdir(parents=True, exist_ok=True)
@@ -124,30 +156,52 @@ class Claims:
             lock = self._lock(frozen.number)
             if lock is None:
                 continue
-            # Its worker may have finished it between the look and the lock.
-            if self._study.get_trials(deepcopy=False)[frozen.number].state.is_finished():
-                os.close(lock)
-                continue
+            claim = self._taken(frozen, lock)
+            if claim is not None:
+                return claim
+        return None
+
+    def _taken(self, seen: FrozenTrial, lock: int) -> Claim | None:
+        """The claim of a trial that seemed abandoned, unless another was faster."""
+        # Its worker may have finished it between the look and the lock.
+        state = self._study.get_trials(deepcopy=False)[seen.number].state
+        if not state.is_finished():
             # Optuna has no public way to go on with a trial: `ask` makes its trials like this.
-            return self._claim(Trial(self._study, frozen._trial_id), lock)
+            claim = self._claim(Trial(self._study, seen._trial_id), lock, seen)
+            if claim is not None:
+                return claim
+        os.close(lock)
         return None
 
     def _waiting(self) -> Claim | None:
         while self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             trial = self._study.ask()
             firsts = {frozen.number for frozen in point_trials(self._study)}
-            lock = self._lock(trial.number) if trial.number in firsts else None
-            if lock is not None:
-                return self._claim(trial, lock)
             if trial.number not in firsts:
                 # Another machine took the last waiting trial first, or enqueued the point too.
                 self._study.tell(trial, state=TrialState.FAIL)
+                continue
+            lock = self._lock(trial.number)
+            claim = None if lock is None else self._claim(trial, lock, None)
+            if claim is not None:
+                return claim
+            if lock is not None:
+                os.close(lock)
         return None
 
-    def _claim(self, trial: Trial, lock: int) -> Claim:
+    def _claim(self, trial: Trial, lock: int, seen: FrozenTrial | None) -> Claim | None:
+        """Makes a trial ours in the database, unless another did since it was seen."""
+        token = new_token()
+        before = None if seen is None else seen.user_attrs.get(CLAIM)
+        backend = getattr(self._study._storage, "_backend", None)  # beneath Optuna's cache
+        if not isinstance(backend, PatientStorage):
+            raise TypeError(f"a study of {type(backend)} was not made by this module")
+        if not backend.swap(trial._trial_id, CLAIM, before, token):
+            return None
         trial.set_user_attr(OWNER, self._owner)
-        beat(trial)
-        return Claim(trial, self._directory(trial.number), lock)
+        claim = Claim(trial, self._directory(trial.number), lock, token, self._heartbeat)
+        claim.beat()
+        return claim
 
     def _is_silent(self, trial: FrozenTrial) -> bool:
         """Whether a running trial may be dead: its lock decides here, its heartbeat elsewhere.
@@ -164,7 +218,8 @@ class Claims:
         if trial.number not in self._seen or last != sign:
             self._seen[trial.number] = sign, now
             return False
-        return now - since > SILENCE_SECONDS
+        _, every = sign or (None, HEARTBEAT_SECONDS)
+        return now - since > SILENT_BEATS * every
 
     def _directory(self, number: int) -> Path:
         directory = self._trials / str(number)
@@ -179,11 +234,6 @@ class Claims:
             os.close(descriptor)
             return None
         return descriptor
-
-
-def beat(trial: Trial) -> None:
-    """Tells other machines that this trial's worker lives."""
-    trial.set_user_attr(HEARTBEAT, time.time())
 
 
 def default_storage(workdir: Path) -> str:
@@ -213,18 +263,27 @@ def _suggest(trial: Trial, key: str, distribution: BaseDistribution) -> Any:
     raise TypeError(f"{key}: no way to suggest from {distribution!r}")
 
 
-def load_study(sweep: Sweep, storage: str) -> optuna.Study:
-    """The study that `open_study` made, for a worker."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+def load_study(
+    sweep: Sweep,
+    storage: str,
+    *,
+    patience: float = PATIENCE_SECONDS,
+    hurry: Callable[[], bool] = lambda: False,
+) -> optuna.Study:
+    """The study that `open_study` made, for a worker.
+
+    Args:
+        sweep: as for `open_study`.
+        storage: as for `open_study`.
+        patience: seconds that a call waits for a database that is away.
+        hurry: asked while waiting; once true, nothing is waited for.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna.load_study(
-        study_name=sweep.name, storage=_storage(storage), pruner=_pruner(sweep)
+        study_name=sweep.name,
+        storage=PatientStorage(storage, patience, hurry),
+        pruner=_pruner(sweep),
     )
-
-
-def _storage(url: str) -> optuna.storages.RDBStorage:
-    # Workers write one at a time to SQLite: a busy file is waited for, not an error.
-    wait = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-    return optuna.storages.RDBStorage(url, engine_kwargs=wait)
 
 
 def _pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
@@ -266,7 +325,7 @@ def _identity(directory: Path) -> str:
     with _held(directory / ".claims"):
         if not path.exists():
             draft = path.with_name(".identity.tmp")
-            draft.write_text(uuid.uuid4().hex)
+            draft.write_text(new_token())
             draft.replace(path)
         return path.read_text()
 
@@ -280,11 +339,3 @@ def _held(path: Path) -> Generator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _without_password(url: str) -> str:
-    head, at, tail = url.rpartition("@")
-    if not at:
-        return url
-    scheme, _, user = head.partition("://")
-    return f"{scheme}://{user.partition(':')[0]}@{tail}"

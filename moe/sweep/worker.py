@@ -1,6 +1,6 @@
 """One worker of a sweep: claims trials and runs their seeds as subprocesses, one after another."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import json
 import math
 import os
@@ -13,20 +13,20 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import Trial, TrialState
+from optuna.trial import TrialState
 
-from moe.errors import EXIT_PREEMPTED
+from moe import cli
 from moe.parallel import compile_cache
-from moe.report.records import parse_record
+from moe.parallel.orphans import tied
 from moe.sweep import study as study_lib
+from moe.sweep.curve import Curve, Pruning
 from moe.sweep.space import Params, Sweep, to_text
+from moe.sweep.storage import explained
 from moe.sweep.study import Claim
+from moe.sweep.trainer import Restarts, failure_text, reached, terminate
+from moe.training.workdir import write_atomically
 
 POLL_SECONDS = 0.5
-KILL_SECONDS = 120.0  # between SIGTERM and SIGKILL: time to save a checkpoint
-SAVES_WITHOUT_PROGRESS = 3  # then a run that stops by itself again and again has failed
-CURVE_POINTS = 200  # of a learning curve kept in the storage
-LOG_TAIL = 2000  # characters of a failed run's output that are kept
 
 
 class Job(NamedTuple):
@@ -39,6 +39,7 @@ class Job(NamedTuple):
         command: the trainer, to which flags are added.
         poll: seconds between looks at a running trainer.
         cores: processors that the worker and its trainers use; empty for all.
+        heartbeat: seconds between signs of life.
     """
 
     sweep: Sweep
@@ -47,6 +48,7 @@ class Job(NamedTuple):
     command: Sequence[str]
     poll: float = POLL_SECONDS
     cores: Sequence[int] = ()
+    heartbeat: float = study_lib.HEARTBEAT_SECONDS
 
 
 class Result(NamedTuple):
@@ -74,9 +76,11 @@ class Stop:
 
 
 def start_worker(job: Job) -> "subprocess.Popen[bytes]":
-    """Starts a worker as a process of its own, in the process group of the caller."""
+    """Starts a worker as a process of its own, which dies with the caller."""
     process = subprocess.Popen(
-        [sys.executable, "-c", f"from {__name__} import main; main()"], stdin=subprocess.PIPE
+        tied([sys.executable, "-c", f"from {__name__} import main; main()"]),
+        stdin=subprocess.PIPE,
+        process_group=0,  # Ctrl-C is for the caller, which passes it on once
     )
     fields = job._asdict() | {"sweep": job.sweep.to_json(), "workdir": str(job.workdir)}
     if process.stdin is not None:
@@ -89,7 +93,13 @@ def main() -> None:
     """Entry point of a worker process."""
     fields = json.loads(sys.stdin.read())
     sweep = Sweep.from_json(fields["sweep"])
-    work(Job(**fields | {"sweep": sweep, "workdir": Path(fields["workdir"])}))
+    job = Job(**fields | {"sweep": sweep, "workdir": Path(fields["workdir"])})
+
+    def run(argv: list[str]) -> None:
+        with explained(job.storage):
+            work(job)
+
+    cli.run(run)
 
 
 def work(job: Job) -> None:
@@ -101,9 +111,9 @@ def work(job: Job) -> None:
     if job.cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, job.cores)
     stop = Stop().listen()
-    study = study_lib.load_study(job.sweep, job.storage)
+    study = study_lib.load_study(job.sweep, job.storage, hurry=lambda: stop.requested)
     local = job.storage == study_lib.default_storage(job.workdir)
-    claims = study_lib.Claims(study, job.workdir, local=local)
+    claims = study_lib.Claims(study, job.workdir, local=local, heartbeat=job.heartbeat)
     while not stop.requested:
         claim = claims.next()
         if claim is not None:
@@ -123,12 +133,17 @@ def _run_claim(job: Job, claim: Claim, stop: Stop) -> None:
         result = run_trial(job, claim, stop)
         if result.state is None:
             return
+        claim.beat()
         if result.error is not None:
             trial.set_user_attr(study_lib.ERROR, result.error)
         trial.study.tell(trial, result.value, state=result.state, skip_if_finished=True)
-    except UpdateFinishedTrialError:
-        # This worker was silent for so long that another machine took the trial over and finished it.
-        return
+    except (UpdateFinishedTrialError, study_lib.ClaimLostError):
+        # This worker was silent for so long that another machine took the trial over.
+        print(  # noqa: T201
+            f"trial {trial.number} was taken over by another machine: this one was silent for too "
+            "long. Its result counts there.",
+            file=sys.stderr,
+        )
 
 
 def run_trial(job: Job, claim: Claim, stop: Stop) -> Result:
@@ -139,94 +154,36 @@ def run_trial(job: Job, claim: Claim, stop: Stop) -> Result:
     """
     trial = claim.trial
     params = study_lib.suggest(trial, job.sweep)
+    _own_directory(claim.directory, job.sweep, params)
     done: dict[str, Any] = dict(trial.user_attrs.get(study_lib.SEEDS, {}))
     for position, seed in enumerate(job.sweep.seeds):
         if str(seed) in done:
             continue
         curve = Curve(claim.directory / f"seed-{seed}" / "metrics.jsonl", job.sweep)
-        prune = _Pruning(trial) if position == 0 else None
+        prune = Pruning(trial) if position == 0 else None
         result = _run_seed(job, claim, params, seed, curve, prune, stop)
         if result.state is not TrialState.COMPLETE:
             return result
+        claim.beat()
         done[str(seed)] = {"value": result.value, "curve": curve.thinned()}
         trial.set_user_attr(study_lib.SEEDS, done)
     values = [done[str(seed)]["value"] for seed in job.sweep.seeds]
     return Result(TrialState.COMPLETE, math.fsum(values) / len(values))
 
 
-class Curve:
-    """The metric over steps, read from a metrics.jsonl that grows.
-
-    Args:
-        path: need not exist yet.
-        sweep: names the metric and the split.
-    """
-
-    def __init__(self, path: Path, sweep: Sweep):
-        self._path = path
-        self._metric, self._split = sweep.metric, sweep.split
-        self._offset = 0
-        self._file: tuple[int, int] | None = None
-        self.points: dict[int, float] = {}  # NaN where the file says null
-        self.keys: set[str] = set()  # of the split's lines
-
-    def update(self) -> None:
-        """Reads the lines that are new; a file that was replaced or cut is read from its start."""
-        try:
-            with self._path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                identity = status.st_dev, status.st_ino
-                if identity != self._file or status.st_size < self._offset:
-                    self._file, self._offset = identity, 0
-                    self.points.clear()
-                file.seek(self._offset)
-                text = file.read()
-        except FileNotFoundError:
-            return
-        whole = text[: text.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for line in whole.decode("utf-8", errors="replace").splitlines():
-            self._read(line)
-
-    def _read(self, line: str) -> None:
-        record = parse_record(line)
-        if record is None or record["split"] != self._split:
-            return
-        self.keys |= record.keys()
-        if self._metric in record:
-            value = record[self._metric]
-            self.points[record["step"]] = math.nan if value is None else float(value)
-
-    def position(self) -> tuple[tuple[int, int] | None, int]:
-        """Changes whenever the run has logged something."""
-        return self._file, self._offset
-
-    def last(self) -> tuple[int, float] | None:
-        """The last step and its value."""
-        return max(self.points.items()) if self.points else None
-
-    def thinned(self) -> list[list[float]]:
-        """[step, value] pairs for the storage, the last one among them."""
-        found = [[step, value] for step, value in sorted(self.points.items())]
-        stride = -(-len(found) // CURVE_POINTS) or 1
-        return found[::-1][::stride][::-1]
-
-
-class _Pruning:
-    """Reports a curve to Optuna and asks whether to go on."""
-
-    def __init__(self, trial: Trial):
-        self._trial = trial
-        known = trial.study.get_trials(deepcopy=False)[trial.number]
-        self._reported = set(known.intermediate_values)
-
-    def is_hopeless(self, points: Mapping[int, float]) -> bool:
-        """Whether the newest of the points is so bad that the trial should end."""
-        new = sorted(step for step in points if step not in self._reported)
-        for step in new:
-            self._trial.report(points[step], step)
-            self._reported.add(step)
-        return bool(new) and self._trial.should_prune()
+def _own_directory(directory: Path, sweep: Sweep, params: Params) -> None:
+    """Moves runs of another point aside: a database that was lost numbers its trials anew."""
+    note = directory / "point.json"
+    point = json.dumps({"base": sweep.base, **sweep.overrides, **params}, sort_keys=True)
+    if note.exists() and note.read_text(encoding="utf-8") != point:
+        aside = next(
+            path for n in range(1, 1 << 20) if not (path := directory / f"other-{n}").exists()
+        )
+        aside.mkdir()
+        for path in [note, *directory.glob("seed-*")]:
+            path.rename(aside / path.name)
+    if not note.exists():
+        write_atomically(note, point)
 
 
 def _run_seed(
@@ -235,14 +192,14 @@ def _run_seed(
     params: Params,
     seed: int,
     curve: Curve,
-    prune: _Pruning | None,
+    prune: Pruning | None,
     stop: Stop,
 ) -> Result:
-    """Runs the trainer until it is done; one that saved and stopped by itself is started again."""
-    log = claim.directory / f"seed-{seed}.log"
-    idle = 0
-    while idle < SAVES_WITHOUT_PROGRESS:
-        before = curve.position()
+    """Runs the trainer until it is done, or ended in a way that starting it again does not mend."""
+    run = claim.directory / f"seed-{seed}"
+    log = run.with_name(f"{run.name}.log")
+    restarts = Restarts(lambda: reached(run))
+    while True:
         code, pruned = _run_process(
             job, claim, _command(job, claim, params, seed), log, curve, prune, stop
         )
@@ -253,14 +210,9 @@ def _run_seed(
             return _final(curve, job.sweep)
         if stop.requested:
             return Result(None)
-        if code != EXIT_PREEMPTED:
-            return Result(TrialState.FAIL, error=f"seed {seed}: {failure_text(code, log)}")
-        idle = idle + 1 if curve.position() == before else 0
-    return Result(
-        TrialState.FAIL,
-        error=f"seed {seed}: stopped with exit code {EXIT_PREEMPTED} {idle} times without a new line of "
-        "metrics.jsonl.",
-    )
+        if not restarts.again(code):
+            told = f"seed {seed}: {restarts.text()}{failure_text(code, log)}"
+            return Result(TrialState.FAIL, error=told)
 
 
 def _command(job: Job, claim: Claim, params: Params, seed: int) -> list[str]:
@@ -287,43 +239,35 @@ def _run_process(
     command: Sequence[str],
     log: Path,
     curve: Curve,
-    prune: _Pruning | None,
+    prune: Pruning | None,
     stop: Stop,
 ) -> tuple[int, bool]:
     """(exit code, whether it was pruned) of one run of the trainer, whose output goes to `log`."""
     with log.open("ab") as output:
         # The trainer keeps the claim's lock too: a trainer that outlives its worker is not doubled.
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, pass_fds=(claim.lock,)
+            tied(command),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=(claim.lock,),
+            process_group=0,
         )
     next_beat, pruned = 0.0, False
     try:
         while process.poll() is None and not pruned and not stop.requested:
             time.sleep(job.poll)
             if time.monotonic() > next_beat:
-                study_lib.beat(claim.trial)
-                next_beat = time.monotonic() + study_lib.HEARTBEAT_SECONDS
+                claim.beat()
+                next_beat = time.monotonic() + job.heartbeat
             curve.update()
             pruned = prune is not None and prune.is_hopeless(curve.points)
     finally:
         code = terminate(process)
     curve.update()
     if prune is not None and not pruned:
-        prune.is_hopeless(
-            curve.points
-        )  # too late to stop this run, but others are compared with it
+        # Too late to stop this run, but others are compared with it.
+        prune.is_hopeless(curve.points)
     return code, pruned and code != 0
-
-
-def terminate(process: subprocess.Popen[bytes]) -> int:
-    """Asks a process to save and stop, waits, and kills it if it does not."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(KILL_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-    return process.wait()
 
 
 def _final(curve: Curve, sweep: Sweep) -> Result:
@@ -340,12 +284,3 @@ def _final(curve: Curve, sweep: Sweep) -> Result:
     if not math.isfinite(value):
         return Result(TrialState.FAIL, error=f"diverged: {sweep.metric} is {value} at step {step}.")
     return Result(TrialState.COMPLETE, value)
-
-
-def failure_text(code: int, log: Path) -> str:
-    """The exit code and the end of the output, where an entry point writes its message."""
-    text = log.read_bytes().decode("utf-8", errors="replace").strip()[-LOG_TAIL:]
-    if code < 0:
-        name = signal.Signals(-code).name
-        return f"killed by {name} (the system kills processes when memory runs out). {text}"
-    return f"exit code {code}. {text}"

@@ -93,7 +93,7 @@ def test_grid_with_failures_runs_to_its_table(tmp_path):
     assert "router.k=9 is above" in errors["fail"]
     assert errors["nan"] == "diverged: bits_per_byte is nan at step 40."
     assert "SIGKILL" in errors["crash"]
-    assert "3 times without a new line" in errors["stuck"]
+    assert "started again 3 times without getting further: exit code 75" in errors["stuck"]
     starts = events(tmp_path / "work", "start")
     assert f"--config.data.text_feature={modes[0]}" in starts[0]["argv"]
     assert {"--config.router.k=4", "--config.steps=40", "--config.seed=0"} <= set(starts[0]["argv"])
@@ -197,13 +197,16 @@ def test_only_silence_tells_that_another_machine_is_dead(tmp_path, monkeypatch):
     monkeypatch.setattr(study_lib.time, "monotonic", lambda: now[0])
     here = study_lib.Claims(study, tmp_path / "here", local=False)
     assert here.next() is None
-    now[0] += study_lib.SILENCE_SECONDS - 1
-    study_lib.beat(theirs.trial)
+    silence = study_lib.SILENT_BEATS * study_lib.HEARTBEAT_SECONDS
+    now[0] += silence - 1
+    theirs.beat()
     assert here.next() is None
-    now[0] += study_lib.SILENCE_SECONDS + 1
+    now[0] += silence + 1
     taken = here.next()
     assert taken is not None
     assert taken.trial.number == theirs.trial.number
+    with pytest.raises(study_lib.ClaimLostError):
+        theirs.beat()
     for claim in (theirs, taken):
         os.close(claim.lock)
 
