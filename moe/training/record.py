@@ -10,9 +10,12 @@ import jax
 from jaxtyping import PyTree
 import numpy as np
 
-from moe.training.digest import digest, leaf_names
+from moe.errors import DivergedError
+from moe.training.digest import Summary, leaf_names, summaries
 
-_FORMAT = 1
+FORMAT = 2
+# Top-level entries of the state that a format lacks.
+NEW_SINCE = {1: ("guard",), 2: ()}
 
 
 def make_record(
@@ -28,28 +31,65 @@ def make_record(
 
     Raises:
         TypeError: If a leaf is not a `jax.Array`; its name is in the message.
+        DivergedError: If a value of the state is not finite.
     """
     for name, leaf in zip(leaf_names(state), jax.tree.leaves(state), strict=True):
         if not isinstance(leaf, jax.Array):
             raise TypeError(f"state: {name} is a {type(leaf).__name__}, not a jax.Array.")
-    leaves = _describe(state)
-    for name, value in digest(state).items():
-        leaves[name]["digest"] = value
+    leaves, found = describe(state), summaries(state)
+    _check_finite(leaves, found)
+    for name, summary in found.items():
+        leaves[name]["digest"] = summary.digest
+    return sign(
+        {
+            "format": FORMAT,
+            "leaves": leaves,
+            "data": sha256(data_state),
+            "meta": sha256(meta),
+            "metrics": finite_numbers(metrics),
+        }
+    )
+
+
+def _check_finite(leaves: dict[str, dict], found: dict[str, Summary]) -> None:
+    wrong = {name: summary.not_finite for name, summary in found.items() if summary.not_finite}
+    if wrong:
+        name, count = next(iter(wrong.items()))
+        more = f", and {len(wrong) - 1} more leaves have such values" if len(wrong) > 1 else ""
+        raise DivergedError(
+            f"the state is not finite: {count} of the {math.prod(leaves[name]['shape'])} values "
+            f"of {name} are NaN or infinite{more}. Such a state is never written; the checkpoints "
+            "before it are as they were. Lower optimizer.learning_rate or clip the gradient."
+        )
+
+
+def finite_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Those metrics that are one finite number."""
     numbers = {key: float(value) for key, value in metrics.items() if np.ndim(value) == 0}
-    record = {
-        "format": _FORMAT,
-        "leaves": leaves,
-        "data": sha256(data_state),
-        "meta": sha256(meta),
-        "metrics": {key: value for key, value in numbers.items() if math.isfinite(value)},
-    }
-    return record | {"sha256": sha256(record)}
+    return {key: value for key, value in numbers.items() if math.isfinite(value)}
 
 
-def is_intact(record: dict) -> bool:
-    """Whether this is a record of this format whose checksum holds."""
-    rest = {key: value for key, value in record.items() if key != "sha256"}
-    return rest.get("format") == _FORMAT and record.get("sha256") == sha256(rest)
+def is_ours(record: Any) -> bool:
+    """Whether a record was made here, in a format of today or not, and its checksum holds."""
+    return is_signed(record) and {"format", "leaves", "data", "meta", "metrics"} <= set(record)
+
+
+def is_known(record: dict[str, Any]) -> bool:
+    """Whether the format of a record is one that is read here."""
+    return record["format"] in NEW_SINCE
+
+
+def sign(content: dict[str, Any]) -> dict[str, Any]:
+    """`content` with a checksum of itself."""
+    return content | {"sha256": sha256(content)}
+
+
+def is_signed(content: Any) -> bool:
+    """Whether the checksum that `sign` added holds."""
+    if not isinstance(content, dict):
+        return False
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return content.get("sha256") == sha256(rest)
 
 
 def first_difference(leaves: dict, abstract_state: PyTree, *, partial: bool) -> str | None:
@@ -61,7 +101,7 @@ def first_difference(leaves: dict, abstract_state: PyTree, *, partial: bool) -> 
         partial: Whether top-level entries that only the record has are no difference. Inside an
             entry that both have, every leaf counts: with one left out it would be another model.
     """
-    wanted = _describe(abstract_state)
+    wanted = describe(abstract_state)
     others = [name for name in leaves if name not in wanted]
     if partial:
         others = [name for name in others if name.split("/")[0] in abstract_state]
@@ -83,7 +123,8 @@ def sha256(value: dict) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _describe(tree: PyTree) -> dict[str, dict]:
+def describe(tree: PyTree) -> dict[str, dict]:
+    """Shape and dtype of each leaf by name."""
     leaves = zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)
     return {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in leaves}
 

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import pytest
 
-from moe.errors import CheckpointError, ConfigError
+from moe.errors import CheckpointError, ConfigError, ResourceError
 from moe.training.checkpoint import Checkpointer
 from moe.training.digest import digest
 
@@ -228,7 +228,7 @@ def test_a_failed_save_is_reported_and_the_next_one_works(tmp_path):
         checkpoints.wait()
         with full_disk():
             checkpoints.save(2, state, DATA, META)
-            with pytest.raises(CheckpointError, match=r"Checkpoint 2 was not saved.*steps .1. are"):
+            with pytest.raises(ResourceError, match=r"Checkpoint 2 was not saved.*steps .1. are"):
                 poll_until_it_raises(checkpoints)
         assert checkpoints.all_steps() == [1]
         assert_same_bits(state, checkpoints.restore("latest", target).state)
@@ -236,7 +236,7 @@ def test_a_failed_save_is_reported_and_the_next_one_works(tmp_path):
         assert checkpoints.all_steps() == [3]
         with full_disk():
             checkpoints.save(4, state, DATA, META)
-            with pytest.raises(CheckpointError, match=r"Checkpoint 4 was not saved"):
+            with pytest.raises(ResourceError, match=r"Checkpoint 4 was not saved"):
                 checkpoints.close()
 
 
@@ -278,13 +278,13 @@ def test_flipped_bits_never_load(tmp_path):
         for index in range(size // 16, size, size // 8):
             flip_byte(payload, index)
             with pytest.raises(CheckpointError, match=r"Checkpoint 5 .* digest of params/w is not"):
-                checkpoints.restore("latest", target)
+                checkpoints.restore(5, target)
             payload.write_bytes(intact)
         payload.write_bytes(intact[: size // 2])
         with pytest.raises(CheckpointError, match=r"Checkpoint 5 .* is damaged"):
-            checkpoints.restore("latest", target)
+            checkpoints.restore(5, target)
         payload.write_bytes(intact)
-        assert_same_bits(state, checkpoints.restore("latest", target).state)
+        assert_same_bits(state, checkpoints.restore(5, target).state)
 
 
 @pytest.mark.parametrize("name", ["data/metadata", "meta/metadata"])
@@ -299,7 +299,7 @@ def test_changed_json_never_loads(saved, tmp_path, name):
         Checkpointer(copy, read_only=True) as checkpoints,
         pytest.raises(CheckpointError, match=r"Checkpoint 3 .* damaged: the contents of"),
     ):
-        checkpoints.restore("latest", abstract(make_state()))
+        checkpoints.restore(3, abstract(make_state()))
 
 
 def test_a_step_without_its_record_is_not_a_checkpoint(saved, tmp_path):

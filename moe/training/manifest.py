@@ -1,0 +1,97 @@
+"""The manifest of a finished checkpoint: size and SHA-256 of each of its files.
+
+It lets a step be verified without the model that wrote it, and shows a file that was cut short
+before anything is loaded. A step is whole without one: the process may have been killed between
+the save and the hashing, and the digests of the leaves decide what is loaded.
+"""
+
+from collections.abc import Iterator
+import hashlib
+import json
+import os
+from pathlib import Path
+import stat
+
+from moe.training.record import is_signed, sign
+from moe.training.workdir import write_atomically
+
+MANIFEST_FILE = "manifest.json"
+_NOT_LISTED = {MANIFEST_FILE, MANIFEST_FILE + ".tmp"}
+_FORMAT = 1
+
+
+def write(folder: Path) -> None:
+    """Hashes the files of a finished step and writes `manifest.json` beside them.
+
+    Raises:
+        OSError: If a file cannot be read or the manifest cannot be written.
+    """
+    files = {
+        name: {"bytes": status.st_size, "sha256": _sha256_of(folder / name)}
+        for name, status in walk(folder)
+        if name not in _NOT_LISTED
+    }
+    content = sign({"format": _FORMAT, "files": files})
+    write_atomically(folder / MANIFEST_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def read(folder: Path) -> dict[str, dict] | None:
+    """Size and hash of each file by name; None if there is no manifest.
+
+    Raises:
+        ValueError: If there is one and it is damaged.
+    """
+    try:
+        content = json.loads((folder / MANIFEST_FILE).read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{MANIFEST_FILE} is damaged: {error}") from error
+    if not is_signed(content) or content.get("format") != _FORMAT:
+        raise ValueError(f"{MANIFEST_FILE} is damaged: its checksum is wrong")
+    return content["files"]
+
+
+def difference(folder: Path, *, thorough: bool) -> str | None:
+    """The first listed file that is missing or not as listed, in words; None if all are.
+
+    Args:
+        folder: Of a finished step.
+        thorough: Whether bytes are compared, beside sizes.
+    """
+    try:
+        listed = read(folder) or {}
+        there = dict(walk(folder))
+        for name, entry in listed.items():
+            if name not in there or not stat.S_ISREG(there[name].st_mode):
+                return f"the file {name} is missing"
+            if there[name].st_size != entry["bytes"]:
+                return f"{name} has {there[name].st_size} bytes, not {entry['bytes']}"
+            if thorough and _sha256_of(folder / name) != entry["sha256"]:
+                return f"the bytes of {name} are not those that were written"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def extra(folder: Path) -> list[str]:
+    """Files that the manifest does not list. Raises ValueError if it is damaged."""
+    listed = read(folder)
+    if listed is None:
+        return []
+    return [name for name, _ in walk(folder) if name not in listed and name not in _NOT_LISTED]
+
+
+def walk(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Relative name and status of every entry below that is no directory; links are not followed."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_dir(follow_symlinks=False):
+            for name, status in walk(Path(entry.path)):
+                yield f"{entry.name}/{name}", status
+        else:
+            yield entry.name, entry.stat(follow_symlinks=False)
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
