@@ -145,6 +145,7 @@ def _tar_members(path: Path, data: bytes, *, rooted: bool = False) -> dict[str, 
             if member.issym():
                 _check_link(path, name, member.linkname, rooted)
             elif not member.isdir():
+                _check_new(path, name, spans)
                 spans[name] = _span(path, member, spans)
         if any(data[tar.offset : tar.offset + tarfile.BLOCKSIZE]):  # tarfile ends there in silence
             raise _damaged(path, f"there is no member header at byte {tar.offset}")
@@ -182,6 +183,7 @@ def _open_zip(path: Path, data: bytes) -> dict[str, Reader]:
     for info in archive.infolist():
         name = _name(path, info.filename)
         if not info.is_dir():
+            _check_new(path, name, members)
             members[name] = lambda info=info: _read_zipped(path, archive, info)
     return members
 
@@ -195,12 +197,21 @@ def _read_zipped(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) ->
 
 def _name(path: Path, name: str) -> str:
     parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts or "\0" in name:
+    # A backslash parts folders on other systems, where such a name would leave them.
+    if parts.is_absolute() or ".." in parts.parts or "\0" in name or "\\" in name:
         raise DataError(
             f"{path}: member {name!r} is a path outside the archive's own folder; such an archive "
             "is not read."
         )
     return str(parts)
+
+
+def _check_new(path: Path, name: str, members: Mapping[str, object]) -> None:
+    if name in members:
+        raise DataError(
+            f"{path}: member {name!r} stands twice, and readers would disagree on which counts; such an "
+            "archive is not read."
+        )
 
 
 def _check_link(path: Path, name: str, target: str, rooted: bool) -> None:

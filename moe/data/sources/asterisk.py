@@ -83,7 +83,7 @@ def read_wav(data: bytes, where: str) -> Int16[np.ndarray, " T"]:
         with wave.open(io.BytesIO(data)) as file:
             found = (file.getframerate(), file.getnchannels(), 8 * file.getsampwidth())
             count, samples = file.getnframes(), file.readframes(file.getnframes())
-    except (wave.Error, EOFError) as error:
+    except (wave.Error, EOFError, RuntimeError) as error:  # the last of a chunk beyond the end
         raise DataError(
             f"{where} is no WAV file: {str(error) or 'it ends in its header'}."
         ) from error
