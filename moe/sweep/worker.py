@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from moe import cli
+from moe.errors import UserError
 from moe.parallel import compile_cache
 from moe.parallel.orphans import tied
 from moe.sweep import study as study_lib
@@ -94,12 +94,12 @@ def main() -> None:
     fields = json.loads(sys.stdin.read())
     sweep = Sweep.from_json(fields["sweep"])
     job = Job(**fields | {"sweep": sweep, "workdir": Path(fields["workdir"])})
-
-    def run(argv: list[str]) -> None:
+    try:
         with explained(job.storage):
             work(job)
-
-    cli.run(run)
+    except UserError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
 
 
 def work(job: Job) -> None:
