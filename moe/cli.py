@@ -18,6 +18,7 @@ from moe.errors import ConfigError, UserError
 from moe.model.attention_table import find_attention
 from moe.parallel import distributed
 from moe.routing.table import router_options
+from moe.training.leaving import leave_in_time
 
 
 def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
@@ -178,15 +179,20 @@ def require_flags(**given: object) -> None:
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs an entry point; an error meant for the user becomes one paragraph and its exit code."""
+    code = 1  # of errors that are not meant for the user
     try:
-        code = main(sys.argv)
+        code = main(sys.argv) or 0
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
         code = error.exit_code
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
     except Exception:
         if not jax.distributed.is_initialized():
             raise
         traceback.print_exc()
-        code = 1
-    distributed.leave_on_failure(code or 0)
+    finally:
+        leave_in_time(code)
+    distributed.leave_on_failure(code)
     sys.exit(code)

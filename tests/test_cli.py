@@ -1,5 +1,7 @@
 """From the command line to a config, and from an exception to an exit code."""
 
+from unittest import mock
+
 from absl import flags
 import pytest
 
@@ -99,6 +101,20 @@ def test_main_decides_the_exit_code():
     with pytest.raises(SystemExit) as end:
         cli.run(lambda argv: 75)
     assert end.value.code == 75
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [(None, 0), (ConfigError(""), 2), (RuntimeError(), 1), (SystemExit(75), 75), (SystemExit(), 0)],
+)
+def test_every_way_out_is_bounded_in_time_with_its_own_code(raised, code):
+    def main(argv):
+        if raised is not None:
+            raise raised
+
+    with mock.patch("moe.cli.leave_in_time") as leave, pytest.raises((SystemExit, RuntimeError)):
+        cli.run(main)
+    leave.assert_called_once_with(code)
 
 
 def test_a_config_without_checks_is_read_back():
