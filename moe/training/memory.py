@@ -115,8 +115,8 @@ def estimate(run: Planned) -> Estimate:
 def activation_bytes(run: Planned) -> int:
     """About what one device keeps of one microbatch from the forward to the backward pass.
 
-    Widths of what the layers keep of a position, times positions; with one layer more for the
-    gradients under way, and three arrays of `V` for logits and their gradient.
+    Widths of what the layers keep of a position, times positions; with two layers more for what is
+    computed again and its gradients, and three arrays of `V` for logits and their gradient.
     """
     spec, config, mesh = run.spec, run.config, run.mesh
     rows = config.data.batch_size / config.optimizer.accumulation / batch_shards(mesh)
@@ -127,7 +127,7 @@ def activation_bytes(run: Planned) -> int:
     whole, inputs = max(kept), spec.width * len(layers)
     held = {"none": sum(kept), "dots": sum(kept) / 4, "full": inputs}[spec.remat]
     logits = 3 * spec.vocab_size * 4 if spec.output == "tokens" else 0
-    return int(positions * ((held + whole) * size + logits))
+    return int(positions * ((held + 2 * whole) * size + logits))
 
 
 def _kept_numbers(run: Planned, kind: str) -> float:

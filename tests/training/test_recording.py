@@ -128,6 +128,39 @@ def test_a_full_disk_warns_once_and_leaves_no_half_line(tmp_path, caplog):
     assert "Training goes on" in caplog.text
 
 
+def test_a_full_disk_leaves_no_half_event(tmp_path):
+    with Recorder(tmp_path) as recorder:
+        recorder.write(1, "train", {"loss/total": 1.0})
+        (file,) = (tmp_path / "tensorboard/train").iterdir()
+        metrics = (tmp_path / "metrics.jsonl").stat().st_size
+        whole = file.stat().st_size
+        with full_disk(whole + 20):  # room for a length, and not for what it is of
+            assert metrics + 100 > whole + 20, "the history is cut as well"
+            recorder.write(2, "train", {"loss/total": 2.0})
+        assert file.stat().st_size == whole
+        recorder.write(3, "train", {"loss/total": 3.0})
+    events = read_events(tmp_path / "tensorboard/train")
+    assert [e.step for e in events if e.summary.value] == [1, 3]
+
+
+def test_files_of_events_are_in_the_order_of_runs_whatever_the_clock_says(tmp_path, monkeypatch):
+    folder = tmp_path / "tensorboard/train"
+    folder.mkdir(parents=True)
+    (folder / "events.out.tfevents.1763812345.host.17").write_bytes(b"")  # by its second
+    for step, now in ((1, 2e9), (2, 1e9)):
+        monkeypatch.setattr("time.time", lambda now=now: now)
+        with Recorder(tmp_path) as recorder:
+            recorder.rewind(step - 1)
+            recorder.write(step, "train", {"loss/total": 1.0})
+    assert [path.name for path in sorted(folder.iterdir())][1:] == [
+        "events.out.tfevents.1763812346.moe",
+        "events.out.tfevents.1763812347.moe",
+    ]
+    events = read_events(folder)
+    assert [event.file_version for event in events if event.file_version] == ["brain.Event:2"] * 2
+    assert [event.step for event in events if event.summary.value] == [1, 2]
+
+
 def test_a_directory_that_cannot_be_written_does_not_stop_training(tmp_path, caplog):
     (tmp_path / "tensorboard").write_text("a file where a directory should be")
     with Recorder(tmp_path) as recorder:

@@ -1,8 +1,10 @@
 """One writer a workdir, checked before anything is built."""
 
+import errno
 import json
 import os
 from pathlib import Path
+import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import pytest
 
 from moe.errors import ConfigError, ResourceError
 from moe.training import workdir as workdir_module
-from moe.training.workdir import open_workdir, read_config, write_config
+from moe.training.workdir import open_workdir, read_config, write_atomically, write_config
 
 
 def open_and_close(path: Path) -> None:
@@ -99,6 +101,42 @@ def test_a_full_disk_is_refused_and_the_new_directory_is_gone(tmp_path, monkeypa
     with pytest.raises(ResourceError, match="has no room: No space left on device"):
         open_and_close(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_fails_leaves_the_old_contents_and_nothing_else(tmp_path):
+    path = tmp_path / "record.json"
+    write_atomically(path, "old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_atomically(path, "new" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    with subprocess.Popen(["true"]) as child:
+        pass
+    (tmp_path / "eval").mkdir()
+    gone = tmp_path / "eval" / f"valid-3.json.{child.pid}.tmp"
+    written = tmp_path / "eval" / f"valid-3.json.{os.getpid()}.tmp"
+    mine = tmp_path / "notes.tmp"
+    for path in (gone, written, mine):
+        path.touch()
+    open_and_close(tmp_path)
+    assert [path.exists() for path in (gone, written, mine)] == [False, True, True]
+
+
+def test_a_file_system_without_locks_is_not_called_a_second_run(tmp_path, monkeypatch):
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(workdir_module.fcntl, "flock", no_locks)
+    with pytest.raises(ConfigError, match="cannot be locked: No locks available"):
+        open_and_close(tmp_path / "run")
 
 
 HOLDER = """

@@ -1,0 +1,265 @@
+"""Room on a disk before a run, and words for the errors of one that ran out of it or of memory."""
+
+import ast
+import errno
+import os
+from pathlib import Path
+import resource
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe import programs, setup
+from moe.cli import load_config
+from moe.errors import ConfigError, DataError, ResourceError
+from moe.training import resources
+from moe.training.state import abstract_state
+from tests import tiny
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def run() -> setup.Run:
+    """A run on 8 devices that exists on paper; nothing is compiled."""
+    pairs = [
+        *(("model.num_layers", "2"), ("model.width", "16"), ("model.heads", "2")),
+        *(("model.kv_heads", "2"), ("model.head_dim", "8"), ("model.mlp_width", "32")),
+        *(("model.expert_width", "32"), ("model.num_experts", "8"), ("router.k", "2")),
+        *(("data.sequence_length", "64"), ("mesh.expert", "4"), ("router.name", "deepseek_v3")),
+    ]
+    config = load_config("configs/quickstart.py", pairs)
+    return setup.assemble(config, setup.mesh_of(config), vocab_size=257)
+
+
+def with_config(run: setup.Run, **changes: object) -> setup.Run:
+    config = run.config.copy_and_resolve_references()
+    with config.unlocked():
+        config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    spec = run.spec._replace(remat=config.model.remat)
+    return run._replace(config=config, spec=spec)
+
+
+def test_the_bytes_of_a_state_are_those_of_its_arrays(run):
+    shapes = abstract_state(run.spec, run.transformation, run.shardings)
+    arrays = tiny.numbers(run.skeleton)
+    of_parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays[0]))
+    assert resources.state_bytes(shapes.params) == of_parameters
+    assert resources.state_bytes(shapes.optimizer) >= 2 * of_parameters
+    assert resources.state_bytes(jnp.zeros((3, 5), jnp.bfloat16)) == 30
+    assert resources.state_bytes({"key": jax.random.key(0)}) == 8
+
+
+def test_an_estimate_counts_shards_and_follows_the_config(run):
+    found = resources.estimate(run)
+    whole = resources.state_bytes(abstract_state(run.spec, run.transformation, run.shardings))
+    experts = [p for p in jax.tree.leaves(run.skeleton.params) if 8 in p.shape[:2]]
+    assert experts
+    assert found.devices == 8
+    assert whole / 8 < found.state < whole, "experts are cut in four, the rest is whole"
+    assert found.gradients == found.parameters
+    assert found.router > 0
+    assert found.total == found.state + found.gradients + found.activations
+    twice = with_config(run, data__batch_size=2 * run.config.data.batch_size)
+    assert resources.estimate(twice).activations == pytest.approx(2 * found.activations, abs=2)
+    parts = with_config(run, optimizer__accumulation=2)
+    assert resources.estimate(parts).activations == pytest.approx(found.activations / 2, abs=2)
+    assert resources.estimate(parts).gradients == 2 * found.parameters
+    frugal = with_config(run, model__remat="full")
+    assert resources.estimate(frugal).activations < found.activations
+    assert "activations (2 rows of 64 positions at once, model.remat=none)" in str(found)
+
+
+@pytest.mark.slow
+def test_activations_are_of_the_size_that_the_compiler_plans(run):
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    for changed in (run, with_config(run, model__remat="full")):
+        state = abstract_state(changed.spec, changed.transformation, changed.shardings)
+        with jax.set_mesh(changed.mesh):
+            step = programs.jit_train_step(changed)
+            arguments = (state, setup.abstract_batch(changed), key, programs.hyper(changed))
+            stats = step.lower(*arguments).compile().memory_analysis()
+        found = resources.estimate(changed)
+        assert found.activations + found.gradients < 2 * stats.temp_size_in_bytes
+        assert found.activations + found.gradients > stats.temp_size_in_bytes / 2
+
+
+def test_a_disk_without_room_for_two_states_is_refused(tmp_path):
+    status = os.statvfs(tmp_path)
+    free = status.f_bfree * status.f_frsize
+    resources.check_disk(tmp_path, MIB)
+    assert list(tmp_path.iterdir()) == [], "only looked at"
+    with pytest.raises(ResourceError) as caught:
+        resources.check_disk(tmp_path, free)
+    said = str(caught.value)
+    assert caught.value.exit_code == 6
+    for word in (str(tmp_path / "checkpoints"), str(2 * free), "free", "moment_dtype", "--workdir"):
+        assert word in said
+
+
+def test_the_disk_is_that_of_the_checkpoints(tmp_path, monkeypatch):
+    looked = []
+    true = os.statvfs
+    monkeypatch.setattr(resources.os, "statvfs", lambda path: looked.append(path) or true(path))
+    resources.check_disk(tmp_path / "run", 1)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    resources.check_disk(tmp_path / "run", 1)
+    assert looked == [tmp_path, tmp_path / "run" / "checkpoints"]
+
+
+def test_a_limit_on_files_is_refused_before_a_save_meets_it(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, hard))
+    try:
+        resources.check_disk(tmp_path, MIB)
+        with pytest.raises(ResourceError, match=r"1\.00 MiB \(1048576 bytes\).*ulimit -f"):
+            resources.check_disk(tmp_path, MIB + 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+TENSORSTORE = (
+    'RESOURCE_EXHAUSTED: Error writing "a1/c/0/0" in OCDBT database at local file '
+    '"/disk/c/3/ocdbt.process_0/": Failed to write 42377 bytes to file 4: No space left on device '
+    "[os_error_code='28']"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left", "/d/x"), ["/d/x", "No space", "keep_latest"]),
+        (OSError(errno.EDQUOT, "quota", "/d/x"), ["/d/x", "quota exceeded", "Free some of your"]),
+        (OSError(errno.EFBIG, "File too large"), ["a file of the run", "ulimit -f"]),
+        (OSError(errno.EROFS, "Read-only", "/d/x"), ["/d/x", "Read-only", "writable again"]),
+        (ValueError(TENSORSTORE), ["/disk/c/3/ocdbt", "No space", "keep_best"]),
+    ],
+)
+def test_a_disk_that_failed_is_told_from_anywhere_in_the_chain(error, words):
+    for wrapped in (error, _raised(error, explicit=True), _raised(error, explicit=False)):
+        told = resources.translate(wrapped)
+        assert isinstance(told, ResourceError)
+        assert told.exit_code == 6
+        for word in (*words, "as they were", "newest checkpoint"):
+            assert word in str(told)
+        assert "memory" not in str(told)
+
+
+def _raised(error: Exception, *, explicit: bool) -> Exception:
+    outer = RuntimeError("save failed")
+    try:
+        try:
+            raise error
+        except Exception as inner:
+            raise outer from (inner if explicit else None)
+    except RuntimeError:
+        outer.__suppress_context__ = explicit
+        return outer
+
+
+def out_of_device_memory() -> None:
+    jax.jit(lambda: jnp.zeros(1 << 45))()
+
+
+def out_of_host_memory() -> None:
+    raise MemoryError
+
+
+SHORT = {
+    "device": (out_of_device_memory, "140737488355328 bytes"),
+    "numpy": (lambda: np.zeros(1 << 48) + 1, "2.00 PiB"),
+    "host": (out_of_host_memory, "MemoryError"),
+}
+
+
+@pytest.mark.parametrize("where", SHORT)
+def test_a_memory_that_failed_is_told_with_the_estimate_and_keys(where, run):
+    fail, amount = SHORT[where]
+    with pytest.raises((jax.errors.JaxRuntimeError, MemoryError)) as caught:
+        fail()
+    told = resources.translate(caught.value, lambda: resources.estimate(run))
+    assert isinstance(told, ResourceError)
+    said = str(told)
+    assert said.startswith(f"Out of memory on the {'device' if where == 'device' else 'host'}: ")
+    for word in (
+        *(amount, "parameters", "moments", "gradients", "by estimate", "model.remat=full"),
+        *("optimizer.accumulation", "data.batch_size", "mesh.fsdp", "optimizer.moment_dtype"),
+    ):
+        assert word in said
+    assert "\n" not in said
+
+
+def test_an_estimate_that_has_no_memory_itself_is_left_out():
+    def none_left() -> resources.Estimate:
+        raise MemoryError
+
+    told = resources.translate(MemoryError("once"), none_left)
+    assert isinstance(told, ResourceError)
+    assert str(told).startswith("Out of memory on the host: once. ")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("RESOURCE"),
+        RuntimeError("out of memory of mine"),
+        FileNotFoundError(errno.ENOENT, "No such file", "/x"),
+        ConfigError("the disk is full, and told so already"),
+        KeyError("steps"),
+    ],
+)
+def test_other_errors_stay_what_they_are(error):
+    assert resources.translate(error) is None
+
+
+def test_a_loop_of_causes_ends():
+    one, two = ValueError("one"), ValueError("two")
+    one.__cause__, two.__cause__ = two, one
+    assert resources.translate(one) is None
+
+
+def test_what_is_spared_is_said_once_of_each_kind(caplog):
+    def full(path: str) -> str:
+        if path == "bad":
+            raise OSError(errno.ENOSPC, "No space left on device", path)
+        return path
+
+    def nothing_to_show() -> None:
+        raise DataError("no metrics.jsonl")
+
+    spare = resources.Spare()
+    assert spare("the report", full, "good") == "good"
+    assert spare("the report", full, "bad") is None
+    assert spare("the report", full, "bad") is None
+    spare("config.json", nothing_to_show)
+    told = [record.message for record in caplog.records]
+    assert [text.partition(" could not")[0] for text in told] == ["The report", "Config.json"]
+    assert "No space left on device" in told[0]
+    assert spare("the report", full, path="good") == "good"
+    with pytest.raises(KeyError):
+        spare("the report", {}.__getitem__, "missing")
+
+
+WALL = {"time", "time_ns", "ctime", "localtime", "gmtime", "strftime", "now", "today", "utcnow"}
+# A value that others see change; they time its age by their own monotonic clock.
+CHANGES_ONLY = {"moe/sweep/study.py"}
+
+
+def test_nothing_decides_by_the_clock_on_the_wall():
+    root = Path(__file__).parents[2]
+    files = [*(root / "moe").rglob("*.py"), root / "train.py", root / "eval.py"]
+    found = {
+        str(path.relative_to(root))
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.Attribute) and _is_wall(node))
+        or (isinstance(node, ast.ImportFrom) and node.module in ("time", "datetime"))
+    }
+    assert found <= CHANGES_ONLY
+
+
+def _is_wall(node: ast.Attribute) -> bool:
+    clocks = ("time", "datetime", "date")
+    return isinstance(node.value, ast.Name) and node.value.id in clocks and node.attr in WALL
