@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from absl import logging
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
@@ -46,9 +45,3 @@ def put_aside(directory: Path, steps: Iterable[int], kind: str, reason: str) -> 
             f"{failure or 'process 0 has told why'}. Make {directory.parent} writable, or move "
             "the step away by hand, and start again."
         ) from failure
-
-
-def warn(directory: Path, step: int, reason: str, *, moved: bool) -> None:
-    """One warning of a step that is not trusted."""
-    left = f"It is moved to {directory.parent / QUARANTINE}." if moved else "It is left out."
-    logging.warning("%s %s", reason, left)

@@ -113,6 +113,38 @@ def first_difference(leaves: dict, abstract_state: PyTree, *, partial: bool) -> 
     return None
 
 
+def added_entries(
+    record: dict, abstract_state: Mapping[str, PyTree], fresh: Mapping[str, PyTree]
+) -> dict[str, PyTree]:
+    """Entries of a state that the format of a record lacks, on the shardings asked for.
+
+    Args:
+        record: Of a known format.
+        abstract_state: Tree of `jax.ShapeDtypeStruct` with shardings.
+        fresh: Arrays for such entries, by their name at the top level.
+
+    Raises:
+        TypeError: If the leaves of `fresh` are not those of `abstract_state`.
+    """
+    stored = {name.split("/")[0] for name in record["leaves"]}
+    names = [
+        name
+        for name in NEW_SINCE[record["format"]]
+        if name in abstract_state and name in fresh and name not in stored
+    ]
+    for name in names:
+        if describe(fresh[name]) != describe(abstract_state[name]):
+            raise TypeError(f"fresh: {name} has not the leaves of abstract_state.")
+    return {
+        name: jax.tree.map(
+            lambda leaf, like: jax.device_put(leaf, like.sharding),
+            fresh[name],
+            abstract_state[name],
+        )
+        for name in names
+    }
+
+
 def as_read_back(value: dict) -> dict:
     """`value` after a round through JSON: lists for tuples, text for keys."""
     return json.loads(json.dumps(value))

@@ -1,0 +1,116 @@
+"""Orbax behind the few calls that a run makes of it: start a save, wait for it, load a step."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+import orbax.checkpoint as ocp
+
+_SAVE_TIMEOUT_SECONDS = 600
+ITEMS = ("state", "data", "meta")
+
+
+class Store:
+    """One directory of steps, written and read by all processes together.
+
+    Args:
+        directory: Created if missing, unless `read_only`.
+        read_only: Nothing is created.
+    """
+
+    def __init__(self, directory: Path, *, read_only: bool):
+        self._directory = directory
+        self._manager = ocp.CheckpointManager(
+            directory,
+            options=ocp.CheckpointManagerOptions(
+                create=not read_only,
+                # Orbax takes for a leftover what only has such a name, and a step that is being
+                # deleted when the process is killed stays in part; the caller does both.
+                cleanup_tmp_directories=False,
+                step_name_format=_OnlyNames(),
+                async_options=ocp.AsyncOptions(
+                    timeout_secs=_SAVE_TIMEOUT_SECONDS,
+                    # Creating them in the background can hang the interpreter's exit when a
+                    # save raises.
+                    create_directories_asynchronously=False,
+                ),
+            ),
+            item_names=ITEMS,
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True),
+                "data": ocp.JsonCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def start(self, step: int, state: PyTree, data: dict, meta: dict, record: dict) -> None:
+        """Starts a save; returns when the arrays are copied from the devices."""
+        self._manager.reload()
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeSave(state),
+                data=ocp.args.JsonSave(data),
+                meta=ocp.args.JsonSave(meta),
+            ),
+            custom_metadata=record,
+            force=True,  # Orbax's own interval skips steps after a rollback
+        )
+
+    def is_writing(self) -> bool:
+        """Whether a save goes on in the background."""
+        return self._manager.is_saving_in_progress()
+
+    def wait(self, step: int) -> None:
+        """Blocks until the save of `step` is on disk; raises what stopped it."""
+        self._manager.wait_until_finished()
+        if not (self._directory / str(step)).is_dir():
+            raise OSError("the finished directory is missing")
+
+    def load(
+        self, step: int, abstract_state: PyTree | None = None, *, partial: bool = False
+    ) -> dict[str, Any]:
+        """`meta`, and with an `abstract_state` also `data` and `state` on its shardings.
+
+        Args:
+            step: Number.
+            abstract_state: Tree of `jax.ShapeDtypeStruct` with shardings.
+            partial: Whether the step may hold more.
+        """
+        items: dict[str, ocp.args.CheckpointArgs] = {"meta": ocp.args.JsonRestore()}
+        if abstract_state is not None:
+            items["data"] = ocp.args.JsonRestore()
+            items["state"] = ocp.args.PyTreeRestore(
+                item=abstract_state,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
+                partial_restore=partial,
+            )
+        return dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
+
+    def close(self) -> None:
+        """Ends Orbax's threads."""
+        self._manager.close()
+
+
+class _OnlyNames(ocp.path.step.NameFormat):
+    """Steps are found by number and never listed: what only looks like a step is not opened."""
+
+    def __init__(self):
+        self._standard = ocp.path.step.standard_name_format()
+
+    def build_name(self, step: int) -> str:
+        return self._standard.build_name(step)
+
+    def find_all(self, base_path: Any) -> Iterator:
+        del base_path
+        return iter(())
+
+    def find_step(self, base_path: Any, step: int) -> Any:
+        return self._standard.find_step(base_path, step)
+
+
+def bytes_of(state: PyTree) -> int:
+    """Bytes of all leaves, each counted once however it is sharded."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
