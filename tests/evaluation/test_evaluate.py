@@ -1,6 +1,6 @@
 """Evaluation is a sum over the split: exact, whatever the batch size, by domain and in all."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import functools
 import math
 from typing import Any
@@ -14,7 +14,13 @@ import pytest
 from moe.data.types import Batch
 from moe.dispatch.capacity import capacity
 from moe.dispatch.reference import reference
-from moe.evaluation.evaluate import Evaluation, evaluate, make_eval_step, quality
+from moe.evaluation.evaluate import (
+    Evaluation,
+    EvaluationStopped,
+    evaluate,
+    make_eval_step,
+    quality,
+)
 from moe.training.objective import RowSums
 from tests import tiny
 
@@ -39,7 +45,13 @@ def batches(size: int) -> Iterator[Batch]:
         yield jax.tree.map(lambda a, n=missing: np.pad(a, [(0, n), (0, 0)][: a.ndim]), part)
 
 
-def measure(size: int, *, limit: int | None = None, step: Any = None) -> Evaluation:
+def measure(
+    size: int,
+    *,
+    limit: int | None = None,
+    step: Any = None,
+    stop: Callable[[], bool] | None = None,
+) -> Evaluation:
     model = tiny.model(*DEEPSEEK)
     return evaluate(
         step or eval_step(),
@@ -50,6 +62,7 @@ def measure(size: int, *, limit: int | None = None, step: Any = None) -> Evaluat
         domains=DOMAINS,
         to_device=lambda batch: jax.tree.map(jnp.asarray, batch),
         limit=limit,
+        stop=stop,
     )
 
 
@@ -85,6 +98,16 @@ def test_equals_a_loop_over_tokens(whole):
     assert whole.metrics["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
     assert whole.metrics["bits_per_byte"] == pytest.approx(nats / math.log(2) / sizes, rel=1e-5)
     assert whole.metrics["accuracy"] == pytest.approx(correct / tokens)
+
+
+def test_a_stop_is_asked_for_between_two_batches_and_ends_the_evaluation():
+    answers = iter([False, False, True])
+    with pytest.raises(EvaluationStopped, match="after 3 batches"):
+        measure(2, stop=lambda: next(answers))
+    assert not list(answers)
+    asked = []
+    measure(4, stop=lambda: bool(asked.append(1)))
+    assert len(asked) == -(-len(ROWS.tokens) // 4) - 1  # what is found already is not thrown away
 
 
 def test_domains_add_up_to_the_total(whole):

@@ -173,14 +173,16 @@ PROCESS = """
     from moe.errors import EXIT_PREEMPTED
     from moe.training.checkpoint import Checkpointer
     from moe.training.interruption import Interruption
-    directory, address, process = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    directory, address, process, set_up = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(address, 2, process, coordinator_bind_address=address)
     mesh = jax.sharding.Mesh(jax.devices(), "fsdp")
     rows = NamedSharding(mesh, PartitionSpec("fsdp"))
     state = {"w": jax.jit(lambda: jnp.arange(32.0).reshape(8, 4), out_shardings=rows)()}
     with Interruption() as interruption, Checkpointer(directory) as checkpoints:
-        print("ready", flush=True)
+        with interruption.nothing_to_lose():
+            print("ready", flush=True)
+            time.sleep(float(set_up))
         for step in range(1, 3000):
             time.sleep(0.01)
             if interruption.requested():
@@ -190,15 +192,21 @@ PROCESS = """
 """
 
 
-def test_ctrl_c_to_one_of_two_processes_saves_the_same_step_in_both(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("number", "set_up"), [(signal.SIGINT, 0.0), (signal.SIGTERM, 2.0)], ids=["step", "set_up"]
+)
+def test_a_signal_to_one_of_two_processes_saves_the_same_step_in_both(
+    number: int, set_up: float, tmp_path: Path
+):
+    """One in the set-up, of which the other knows nothing, is honoured after the first step."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    children = [start(PROCESS, tmp_path, address, process) for process in (0, 1)]
+    children = [start(PROCESS, tmp_path, address, process, set_up) for process in (0, 1)]
     try:
         for child in children:
             wait_for_line(child, "ready")
-        children[1].send_signal(signal.SIGINT)
+        children[1].send_signal(number)
         outputs = [child.communicate(timeout=60) for child in children]
     finally:
         for child in children:
@@ -206,6 +214,7 @@ def test_ctrl_c_to_one_of_two_processes_saves_the_same_step_in_both(tmp_path: Pa
     assert [child.returncode for child in children] == [75, 75], outputs
     first, second = (int(output.splitlines()[-1]) for output, _ in outputs)
     assert first == second
+    assert first == 1 or not set_up
     # What two processes wrote together, one process restores alone.
     target = jax.ShapeDtypeStruct(
         (8, 4), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])

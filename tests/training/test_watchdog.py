@@ -71,6 +71,27 @@ def test_a_stderr_that_nobody_reads_does_not_keep_a_stuck_run_alive():
             child.kill()
 
 
+def test_a_c_call_that_keeps_the_interpreter_is_shown():
+    child = start(
+        """
+        import ctypes
+        from moe.training import watchdog
+        watchdog._TELLING = 0.5
+        def calls():
+            ctypes.PyDLL(None).sleep(600)  # PyDLL: without giving up the interpreter's lock
+        with watchdog.Watchdog(0.5):
+            calls()
+        """
+    )
+    with child:
+        try:
+            assert child.stderr is not None
+            assert child.stderr.readline() == "Timeout (0:00:01.500000)!\n"
+            assert any(line.endswith(" in calls\n") for line in child.stderr)
+        finally:
+            child.kill()
+
+
 def test_a_process_that_was_stopped_goes_on():
     child = start(
         """
