@@ -61,8 +61,13 @@ def mixing_weights(
 class Source(NamedTuple):
     """Where a data set came from, so that other processes can open it too."""
 
-    arguments: dict[str, Any]  # of `moe.data.open.make_data`, JSON
-    workers: int  # processes that read training batches; 0 reads in threads
+    section: dict[str, Any]  # `config.data`, JSON
+    options: dict[str, Any]  # of `moe.data.open.make_data`, JSON, without a tokenizer
+
+    @property
+    def workers(self) -> int:
+        """Processes that read training batches; 0 reads in threads."""
+        return self.section["workers"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +153,7 @@ class RowData(abc.ABC):
             if self.source is None or not self.source.workers:
                 return self.read(row, *block)
             job = Job(
-                self.source.arguments,
+                *self.source,
                 self.tokenizer.to_json(),
                 {"fingerprint": self.fingerprint, "code": self.code},
                 self.batch_size,
@@ -206,7 +211,7 @@ class RowData(abc.ABC):
             raise ConfigError(f"There is no split {split!r}; {nearest(split, self.splits)}.")
 
     def check_size(self, name: str) -> None:
-        """Raises DataError where training has not one batch of rows."""
+        """Raises DataError where training has not one batch of rows, or an evaluation has none."""
         rows = self.num_rows("train")
         if rows < self.batch_size:
             raise DataError(
@@ -214,6 +219,13 @@ class RowData(abc.ABC):
                 f"data.sequence_length={self.sequence_length} tokens, and has {rows}: give more "
                 "text, or lower data.batch_size or data.sequence_length."
             )
+        for split in self.splits:
+            if not self.num_rows(split):
+                raise DataError(
+                    f"The split {split} of {name!r} needs at least 1 row, and has 0: every example is "
+                    "left out. Make rows longer with data.sequence_length, or set "
+                    "data.too_long=truncate."
+                )
 
     def _identity(self) -> dict[str, Any]:
         return {

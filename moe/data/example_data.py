@@ -77,7 +77,7 @@ def example_data(
     fields = find_fields(task, records.features, **asked, label_feature=label_feature)
     rate = _rate(records, fields, sample_rate_wanted)
     made = saved_tokenizer or cached_tokenizer(
-        texts_of(records, fields), root, tokenizer, vocab_size
+        texts_of(records, fields, skip_bad), root, tokenizer, vocab_size
     )
     store = open_examples(records, fields, root, made, skip_bad=skip_bad)
     layout = Layout(

@@ -4,27 +4,28 @@ Of each split there is one flat array a field (token ids of the input and of the
 samples of sound) and where each example starts in it. A directory that exists is whole.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from jaxtyping import Int, Shaped
 import numpy as np
 import tensorflow_datasets as tfds
 
-from moe.data.cache import cache_key, directory_in_one_go
+from moe.data.cache import cache_key, check_directory, damaged, directory_in_one_go
 from moe.data.features import Fields
 from moe.data.sources.prepared import check_format, dataset_identity, split_slices
+from moe.data.sources.shards import BadRecord, Shards
 from moe.data.sources.types import DEFAULT_DOMAIN, Document, Source
 from moe.data.tokenizers import Tokenizer
 from moe.errors import DataError
 
-_CHUNK = 256  # examples read at once
 _META = "meta.json"
+Used = TypeVar("Used")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,9 @@ class Records(NamedTuple):
     features: Mapping[str, Any]
     info: Any  # of the builder
     splits: tuple[str, ...]
-    read: Any  # split -> iterator over its records
+    read: (
+        Any  # split -> its records, as iterable: mappings, and `BadRecord` where one cannot be read
+    )
 
 
 def open_records(path: Path) -> Records:
@@ -95,30 +98,24 @@ def open_records(path: Path) -> Records:
     extra = [name for name in names if name not in (*slices, *slices.values())]
     slices |= {name: name for name in extra}
 
-    def read(split: str) -> Iterator[dict[str, Any]]:
-        try:
-            source = builder.as_data_source(slices[split])
-            for start in range(0, len(source), _CHUNK):
-                yield from source.__getitems__(range(start, min(start + _CHUNK, len(source))))
-        except (OSError, RuntimeError, ValueError) as error:  # what array_record and PIL raise
-            raise DataError(
-                f"Cannot read {path} ({split}): {error}. If the files are damaged, delete the "
-                "directory and prepare the data set again."
-            ) from error
+    def read(split: str) -> Shards:
+        return Shards(builder, slices[split])
 
     name = builder.info.full_name
     features = dict(builder.info.features)
     return Records(name, dataset_identity(path), features, builder.info, tuple(slices), read)
 
 
-def texts_of(records: Records, fields: Fields) -> Source:
-    """All texts of a task as documents, for a tokenizer to learn from."""
+def texts_of(records: Records, fields: Fields, skip_bad: int = 0) -> Source:
+    """All texts of a task as documents, for a tokenizer to learn from; arguments of `open_examples`."""
     names = [name for name in (fields.kind == "text" and fields.input, fields.target) if name]
 
+    def texts(record: Mapping[str, Any], where: tuple[str, int]) -> list[str]:
+        return [_text(record[name], name, *where) for name in names]
+
     def documents(split: str) -> Iterator[Document]:
-        for number, record in enumerate(records.read(split)):
-            for name in names:
-                yield Document(_text(record[name], name, split, number), DEFAULT_DOMAIN)
+        for found in _good(records, split, texts, skip_bad):
+            yield from (Document(text, DEFAULT_DOMAIN) for text in found or ())
 
     return Source(records.name, f"{records.identity} {names}", documents)
 
@@ -143,13 +140,11 @@ def open_examples(
     if not path.is_dir():
         with directory_in_one_go(path) as temporary:
             _write(records, fields, tokenizer, temporary, skip_bad)
+    check_directory(path)
     try:
         return _open(path, fields)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"The encoded examples in {path} are damaged ({error!r}). Delete that directory to "
-            "remake them."
-        ) from error
+        raise damaged(path, repr(error)) from error
 
 
 def _write(records: Records, fields: Fields, tokenizer: Tokenizer, path: Path, skip: int) -> None:
@@ -157,7 +152,11 @@ def _write(records: Records, fields: Fields, tokenizer: Tokenizer, path: Path, s
     digest = hashlib.sha256(tokenizer.to_json().encode())
     meta: dict[str, Any] = {"splits": {}}
     for split in records.splits:
-        made = _split_examples(records, split, fields, tokenizer, skip)
+
+        def encode(record: Mapping[str, Any], where: tuple[str, int]) -> _Encoded:
+            return _encoded(record, fields, tokenizer, records.features, where)
+
+        made = _good(records, split, encode, skip)
         found = _write_split(made, path, split, domains, digest)
         if not found["examples"]:
             raise DataError(f"{records.name}: the split {split} has no example.")
@@ -167,19 +166,22 @@ def _write(records: Records, fields: Fields, tokenizer: Tokenizer, path: Path, s
     (path / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
-def _split_examples(
-    records: Records, split: str, fields: Fields, tokenizer: Tokenizer, skip: int
-) -> Iterator["_Encoded | None"]:
-    """Encodes the records of a split; None for a bad one that may be left out."""
-    skipped = 0
-    for number, record in enumerate(records.read(split)):
+def _good(
+    records: Records, split: str, use: Callable[[Any, tuple[str, int]], Used], skip: int
+) -> Iterator[Used | None]:
+    """What `use` makes of each record of a split; None for a bad one that may be left out."""
+    skipped, found = 0, records.read(split)
+    for number, record in enumerate(found):
         try:
-            yield _encoded(record, fields, tokenizer, records.features, (split, number))
+            if isinstance(record, BadRecord):
+                raise DataError(record.why)
+            yield use(record, (split, number))
         except DataError as error:
             skipped += 1
             if skipped > skip:
+                file = f" It is {found.where(number)}." if isinstance(found, Shards) else ""
                 allowed = f" data.skip_bad={skip} bad records of a split may be left out."
-                raise DataError(f"{records.name}: {error}{allowed}") from error
+                raise DataError(f"{records.name}: {error}{file}{allowed}") from error
             yield None
 
 

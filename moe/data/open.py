@@ -59,17 +59,13 @@ def make_data(
         DataError: data that is missing, unreadable, empty or too small.
     """
     values: dict[str, Any] = {**default_config().data.to_dict(), **section.to_dict()}
-    given: dict[str, Any] = {
-        "seed": seed,
-        "task": task,
-        "prefix": prefix,
-        "router_valid": router_valid,
-    }
-    source = Source({"section": dict(values), **given}, values.pop("workers"))
+    options = {"seed": seed, "task": task, "prefix": prefix, "router_valid": router_valid}
+    source = Source(dict(values), options)
     for key in ("batch_size", "sequence_length"):
         if values[key] < 1:
             raise ConfigError(f"data.{key}={values[key]} must be greater than 0.")
     root = data_directory(values.pop("directory"))
+    values.pop("workers")
     of_examples = {argument: values.pop(key) for key, argument in _OF_EXAMPLES.items()}
     values |= {"root": root, "seed": seed, "saved_tokenizer": tokenizer}
     name, label = values["name"], str(of_examples["label_feature"])

@@ -41,8 +41,8 @@ def _serve(job: dict[str, Any], out: Any) -> None:
     from moe.errors import UserError
 
     try:
-        arguments = {**job["data"], "section": ConfigDict(job["data"]["section"])}
-        data = make_data(**arguments, tokenizer=from_json(job["tokenizer"]))
+        section, tokenizer = ConfigDict(job["section"]), from_json(job["tokenizer"])
+        data = make_data(section, tokenizer=tokenizer, **job["options"])
         found = {"fingerprint": data.fingerprint, "code": data.code}
         if found != job["same"]:
             raise UserError(f"it finds {found}, and the run {job['same']}: they changed meanwhile")

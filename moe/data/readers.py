@@ -31,9 +31,8 @@ _PATIENCE = 10.0  # seconds for a process to be gone once its output has ended
 class Job(NamedTuple):
     """What the processes read."""
 
-    data: dict[
-        str, Any
-    ]  # keyword arguments of `moe.data.open.make_data`, JSON, without a tokenizer
+    section: dict[str, Any]  # `config.data`
+    options: dict[str, Any]  # of `moe.data.open.make_data`, JSON
     tokenizer: str  # JSON
     same: dict[str, str]  # fingerprint and code that they must find
     batch_size: int  # rows of the global batch
@@ -114,7 +113,8 @@ def _start(job: Job, row: int, worker: int, workers: int) -> subprocess.Popen:
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     line = {
-        "data": job.data,
+        "section": job.section,
+        "options": job.options,
         "tokenizer": job.tokenizer,
         "same": job.same,
         "row": row + worker * job.batch_size,

@@ -16,7 +16,7 @@ import zlib
 from jaxtyping import Int, Shaped
 import numpy as np
 
-from moe.data.cache import cache_key, directory_in_one_go
+from moe.data.cache import cache_key, check_directory, damaged, directory_in_one_go
 from moe.data.sources.types import SPLITS, Document, Source
 from moe.data.tokenizers import LEARNED, Tokenizer, from_json, make_tokenizer
 from moe.errors import DataError
@@ -64,6 +64,7 @@ def cached_tokenizer(
         tokenizer = make_tokenizer(kind, vocab_size, texts)
         with directory_in_one_go(path.parent) as temporary:
             (temporary / path.name).write_text(tokenizer.to_json(), encoding="utf-8")
+    check_directory(path.parent)
     return from_json(path.read_text(encoding="utf-8"))
 
 
@@ -83,6 +84,7 @@ def open_tokens(source: Source, directory: Path, tokenizer: Tokenizer) -> TokenS
     if not path.is_dir():
         with directory_in_one_go(path) as temporary:
             _write(source, tokenizer, temporary)
+    check_directory(path)
     return _open(path)
 
 
@@ -100,10 +102,8 @@ def document_keys(source: Source, directory: Path) -> Shaped[np.ndarray, " n"]:
         keys = [zlib.crc32((d.key or d.text).encode("utf-8", "surrogateescape")) for d in documents]
         with directory_in_one_go(path.parent) as temporary:
             np.save(temporary / path.name, np.array(keys, np.uint32))
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(_damaged(path.parent, repr(error))) from error
+    check_directory(path.parent)
+    return np.load(path, allow_pickle=False)
 
 
 def _write(source: Source, tokenizer: Tokenizer, path: Path) -> None:
@@ -186,12 +186,12 @@ def _open(path: Path) -> TokenStore:
         }
         store = TokenStore(tuple(meta["domains"]), splits, counts, meta["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(_damaged(path, repr(error))) from error
+        raise damaged(path, repr(error)) from error
     for split, tokens in splits.items():
         sizes = (len(tokens.ids), len(tokens.starts), len(tokens.domain))
         documents = sum(count.documents for count in counts[split].values())
         if sizes != (tokens.starts[-1] + 1, documents + 1, documents):
-            raise DataError(_damaged(path, f"the sizes of {split} are {sizes}"))
+            raise damaged(path, f"the sizes of {split} are {sizes}")
     return store
 
 
@@ -201,7 +201,3 @@ def _open_split(path: Path, split: str, dtype: np.dtype) -> TokenSplit:
         starts=np.load(path / f"{split}.starts.npy", mmap_mode="r", allow_pickle=False),
         domain=np.load(path / f"{split}.domain.npy", mmap_mode="r", allow_pickle=False),
     )
-
-
-def _damaged(path: Path, what: str) -> str:
-    return f"The token files in {path} are damaged ({what}). Delete that directory to remake them."

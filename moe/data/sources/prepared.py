@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 
 from moe.config import nearest
 from moe.data.sources.catalogue import find_entry
+from moe.data.sources.shards import BadRecord, Shards
 from moe.data.sources.types import DEFAULT_DOMAIN, SPLITS, Document, Request, Source
 from moe.errors import DataError
 
@@ -20,7 +21,6 @@ _NAMES = {
     "valid": ("valid", "validation", "val", "dev"),
     "test": ("test",),
 }
-_CHUNK = 256  # examples read at once
 
 
 def prepared_source(request: Request) -> Source:
@@ -174,20 +174,14 @@ def dataset_identity(path: Path) -> str:
 def _documents(builder, split: str, text_feature: str) -> Iterator[Document]:
     features = dict(builder.info.features)
     keyed = isinstance(features.get("path"), tfds.features.Text)
-    try:
-        examples = builder.as_data_source(split)
-        for start in range(0, len(examples), _CHUNK):
-            indices = range(start, min(start + _CHUNK, len(examples)))
-            for index, example in zip(indices, examples.__getitems__(indices), strict=True):
-                where = f"{builder.data_path} ({split}, example {index})"
-                text = _as_text(example[text_feature], where)
-                key = _as_text(example["path"], where) if keyed else ""
-                yield Document(text, _domain(example, features.get("domain"), where), key)
-    except (OSError, RuntimeError, ValueError) as error:  # what array_record raises
-        raise DataError(
-            f"Cannot read {builder.data_path} ({split}): {error}. If the files are damaged, delete "
-            "the directory and prepare the data set again."
-        ) from error
+    shards = Shards(builder, split)
+    for number, example in enumerate(shards):
+        if isinstance(example, BadRecord):
+            raise DataError(example.why)
+        where = shards.where(number)
+        text = _as_text(example[text_feature], where)
+        key = _as_text(example["path"], where) if keyed else ""
+        yield Document(text, _domain(example, features.get("domain"), where), key)
 
 
 def _as_text(value: bytes | str, where: str) -> str:
