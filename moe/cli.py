@@ -139,7 +139,10 @@ def _fill(config: ConfigDict, section: str) -> None:
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], str | None, list[tuple[str, str]]]:
-    """Separates `--config=...` and `--config.key=value` from the other arguments."""
+    """Separates `--config=...` and `--config.key=value` from the other arguments.
+
+    Of what is given twice the last wins, as with other flags: a script that ends in "$@" can be overridden.
+    """
     rest, path, overrides = [], None, []
     for argument in argv:
         name, has_value, value = argument.partition("=")
@@ -159,7 +162,7 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> 
     """Parses absl flags; a mistake is a ConfigError. `--help` prints them and ends the program."""
     if {"-h", "-help", "--help"} & set(argv):
         print(sys.modules["__main__"].__doc__ or "")  # noqa: T201
-        print("--config.KEY=VALUE changes one key of the config.\n")  # noqa: T201
+        print("--config.KEY=VALUE changes one key of the config; the last of several wins.\n")  # noqa: T201
         print(values.get_help(include_special_flags=False).strip())  # noqa: T201
         raise SystemExit(0)
     try:

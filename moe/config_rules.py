@@ -1,5 +1,6 @@
 """The rules of the config that need nothing but its numbers: ranges, names, and what must divide what."""
 
+import math
 from typing import Any
 
 from moe.config import ConfigDict, require
@@ -139,6 +140,8 @@ def _check_positive(config: ConfigDict) -> None:
     for key in [*NOT_NEGATIVE, *weights]:
         value = _get(config, key)
         require(value >= 0, f"{key}={value} must not be negative.")
+    for key in [*POSITIVE, *POSITIVE_OR_NONE, *NOT_NEGATIVE, *weights]:
+        require(_get(config, key) != math.inf, f"{key}=inf must be finite.")
 
 
 def _check_names(config: ConfigDict) -> None:
