@@ -4,7 +4,6 @@ Nothing here reads an array or follows a link. A step goes away in one rename, s
 killed in between leaves it or does not.
 """
 
-from collections.abc import Iterable
 import json
 import os
 from pathlib import Path
@@ -96,11 +95,6 @@ def clean(directory: Path) -> None:
     for entry in directory.iterdir():
         if _LEFTOVER.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
-
-
-def files_in(folder: Path) -> Iterable[tuple[str, os.stat_result]]:
-    """Relative name and status of every entry below `folder` that is no directory, sorted."""
-    return manifest.walk(folder)
 
 
 def size(folder: Path) -> int:

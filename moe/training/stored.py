@@ -3,6 +3,7 @@
 In a run of several processes Orbax's restore is for all of them at once; here one reads alone.
 """
 
+from collections.abc import Iterator
 import json
 from pathlib import Path
 from typing import Any
@@ -62,24 +63,27 @@ def leaf_flaw(folder: Path, name: str, leaf: dict[str, Any]) -> str | None:
     return None
 
 
-def content_flaw(folder: Path) -> str | None:
-    """What of the leaves, `data` and `meta` of a step is not as saved; None if all is."""
+def content_flaws(folder: Path) -> Iterator[str]:
+    """What of the leaves, `data` and `meta` of a step is not as saved."""
     record = read_record(folder)
     if record is None or not is_known(record):
-        return "it has no intact record of a format that is read here"
+        yield "it has no intact record of a format that is read here"
+        return
     for item in ("data", "meta"):
         try:
             if sha256(read_json(folder, item)) != record[item]:
-                return f"the contents of {item} are not those that were saved"
+                yield f"the contents of {item} are not those that were saved"
         except (OSError, ValueError, RecursionError) as error:
-            return f"{item} cannot be read: {error}"
-    flaws = (leaf_flaw(folder, name, leaf) for name, leaf in record["leaves"].items())
-    return next((found for found in flaws if found is not None), None)
+            yield f"{item} cannot be read: {error}"
+    for name, leaf in record["leaves"].items():
+        found = leaf_flaw(folder, name, leaf)
+        if found is not None:
+            yield found
 
 
 def full_flaw(folder: Path) -> str | None:
     """`flaw` with every byte read: by the manifest, or by the leaves where there is none."""
     found = flaw(folder, thorough=True)
     if found is None and not (folder / manifest.MANIFEST_FILE).exists():
-        found = content_flaw(folder)
+        found = next(content_flaws(folder), None)
     return found
