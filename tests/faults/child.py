@@ -153,9 +153,9 @@ def wrap_clock(faults: list[Fault]) -> None:
 def wrap_save() -> None:
     save = train.save
 
-    def announced(run: Any, step: int, *rest: Any) -> Any:
+    def announced(session: Any, step: int, *rest: Any, **named: Any) -> Any:
         tell(f"SAVING {step}")
-        return save(run, step, *rest)
+        return save(session, step, *rest, **named)
 
     train.save = announced
 
