@@ -90,6 +90,7 @@ def test_workdir_has_the_interface(workdir):
         "checkpoints",
         "choices",
         "eval",
+        "history.jsonl",
         "report.html",
         "tokenizer.json",
     }
