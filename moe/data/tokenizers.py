@@ -21,6 +21,7 @@ from moe.errors import ConfigError, DataError
 _BYTES = 256
 # Tokenizers that are learned from text, and the rules of it: another text for other rules.
 LEARNED = {"bpe": "bpe, single digits", "characters": "characters"}
+_LARGEST = 1 << 24  # tokens of a saved vocabulary
 _LANES = 64  # small vocabularies are padded to a multiple, for sharding and matrix units
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # what an unknown character is decoded to
 
@@ -91,13 +92,26 @@ def bpe_tokenizer(model: str, vocab_size: int) -> Tokenizer:
         vocab_size: rows of the embedding; ids beyond the boundary are unused.
 
     Raises:
-        DataError: vocab_size does not hold the learned tokens and the boundary.
+        DataError: vocab_size does not hold the learned tokens and the boundary, or the JSON is not of
+            byte-level BPE.
     """
-    library = hf.Tokenizer.from_str(model)
+    try:
+        library = hf.Tokenizer.from_str(model)
+    except Exception as error:  # the library raises nothing more special
+        raise DataError(
+            f"This is no tokenizer of the library: {model[:80]!r} ({error})."
+        ) from error
     tokens = sorted(library.get_vocab().items(), key=lambda item: item[1])
     if vocab_size <= len(tokens):
         raise DataError(f"{len(tokens)} tokens and a boundary do not fit vocab_size={vocab_size}.")
     byte = {char: i for i, char in enumerate(_byte_characters())}
+    ids = [i for _, i in tokens]
+    strange = {char for token, _ in tokens for char in token} - byte.keys()
+    if strange or ids != list(range(len(ids))):
+        raise DataError(
+            f"This BPE is not of bytes: its tokens hold {sorted(strange)[:8]}, or their {len(ids)} ids are "
+            "not the first ones."
+        )
 
     def encode_batch(texts: list[str]) -> list[np.ndarray]:
         encoded = library.encode_batch_fast(texts, add_special_tokens=False)
@@ -245,6 +259,13 @@ def make_tokenizer(kind: str, vocab_size: int | None, texts: Iterable[str]) -> T
     return _KINDS[kind](texts, vocab_size)
 
 
+def _size(given: Any) -> int:
+    """A vocabulary that an embedding can have rows for."""
+    if type(given) is not int or not 0 < given <= _LARGEST:
+        raise ValueError(f"vocab_size={given!r} is no whole number of 1 to {_LARGEST}")
+    return given
+
+
 def from_json(text: str) -> Tokenizer:
     """Makes the tokenizer that `Tokenizer.to_json` wrote.
 
@@ -256,9 +277,9 @@ def from_json(text: str) -> Tokenizer:
         if record["kind"] == "bytes":
             return byte_tokenizer()
         if record["kind"] == "bpe":
-            return bpe_tokenizer(json.dumps(record["model"]), record["vocab_size"])
+            return bpe_tokenizer(json.dumps(record["model"]), _size(record["vocab_size"]))
         if record["kind"] == "characters":
             return character_tokenizer(record["model"]["characters"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"This is no saved tokenizer: {text[:80]!r} ({error!r}).") from error
     raise DataError(f"A saved tokenizer of kind {record['kind']!r}, which this version lacks.")

@@ -11,6 +11,7 @@ from pathlib import Path
 import re
 from typing import Any, NamedTuple
 import zipfile
+import zlib
 
 from jaxtyping import Int
 import numpy as np
@@ -22,6 +23,11 @@ from moe.training.workdir import write_atomically
 DIRECTORY = "choices"
 KEPT_TOKENS = 4096  # of an evaluation's first batch, at most, in whole rows; one row at least
 _NAME = re.compile(r"(?P<split>.+)-(?P<step>\d+)\.npz")
+# What a zip of arrays may raise: cut, flipped, encrypted, of an unknown method, of absurd sizes.
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error),
+    *(RuntimeError, TypeError, OverflowError, MemoryError),
+)
 
 
 class Kept(NamedTuple):
@@ -67,7 +73,9 @@ def read(workdir: Path, split: str) -> list[Kept]:
             try:
                 with np.load(path, allow_pickle=False) as file:
                     expert, experts = file["expert"].astype(np.int32), int(file["num_experts"])
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            except _UNREADABLE:
+                continue
+            if expert.ndim != 4 or experts < 1:
                 continue
             kept.append(Kept(int(found["step"]), expert, experts))
     kept.sort(key=lambda k: k.step)

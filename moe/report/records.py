@@ -110,7 +110,7 @@ def parse_record(line: str) -> dict[str, Any] | None:
     """One line of metrics.jsonl, or None where it is not a whole record."""
     try:
         record = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or not isinstance(record.get("split"), str):
         return None
@@ -164,7 +164,7 @@ def _read_object(path: Path, notices: list[str]) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         notices.append(f"{path.parent.name}/{path.name} could not be read ({error}).")
         return {}
     if not isinstance(value, dict):

@@ -81,7 +81,7 @@ def read(workdir: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         try:
             found = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             if _cut(line):
                 continue
             found = None

@@ -193,14 +193,24 @@ def _records(members: Members, language: str) -> dict[str, dict[str, Any]]:
     name = f"package/{language}/data.json"
     try:
         listed = json.loads(require(members, name, _NAMES))
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are of this kind
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is of the first kind
         raise DataError(f"{_NAMES}: {name} is no JSON: {error}.") from error
+    if not isinstance(listed, list):
+        raise DataError(f"{_NAMES}: {name} is no list of records.")
     for number, record in enumerate(listed):
-        if not all(record.get(key) for key in ("hexcode", "emoji", "label")):
+        if not _is_whole(record):
             raise DataError(
-                f"{_NAMES}: record {number} of {name} lacks a hexcode, an emoji or a label: {record}."
+                f"{_NAMES}: record {number} of {name} lacks a hexcode, an emoji or a label, or is of no "
+                f"group: {record}."
             )
     return {record["hexcode"]: record for record in listed}
+
+
+def _is_whole(record: Any) -> bool:
+    if not isinstance(record, dict) or record.get("group") not in (None, *range(len(GROUPS))):
+        return False
+    texts = [record.get(key) for key in ("hexcode", "emoji", "label")]
+    return all(text and isinstance(text, str) for text in texts)
 
 
 def _name(records: Mapping[str, Mapping[str, Any]], hexcode: str, language: str) -> str:

@@ -144,8 +144,8 @@ def _parse(line: str, file: _File, number: int) -> Document:
     where = f"data.files: {file.path}, line {number}"
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON: {error}.") from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise DataError(f"{where} needs an object with a string 'text'; it starts {line[:60]!r}.")
     domain = record.get("domain", file.domain)

@@ -75,7 +75,7 @@ def read_digits(
         try:
             values = json.loads(require(members, name, PACKAGES[0].name))["data"]
             pixels = np.asarray(values, np.float64)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise DataError(
                 f"{name} is not the JSON of numbers it should be: {error!r}."
             ) from error

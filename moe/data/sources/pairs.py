@@ -136,8 +136,8 @@ def _columns(line: str, where: str) -> tuple[str, ...]:
 def _object(line: str, where: str) -> tuple[str, ...]:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON: {error}.") from error
     keys = ("source", "target", "domain")
     fields = record if isinstance(record, dict) else {}
     values = [fields[key] for key in keys if key in fields]
