@@ -95,3 +95,10 @@ def advance(
         losses=jnp.where(applied, moved, guard.losses),
         filled=jnp.minimum(guard.filled + applied, guard.losses.shape[0]),
     )
+
+
+def rested(guard: GuardState) -> GuardState:
+    """The same without the row of steps that had no update: the data goes on elsewhere."""
+    return guard._replace(
+        bad_in_a_row=guard.bad_in_a_row * 0, spikes_in_a_row=guard.spikes_in_a_row * 0
+    )

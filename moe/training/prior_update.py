@@ -25,6 +25,7 @@ from moe.routing.prior import RULED_OUT, ablation_rewards, set_prior
 from moe.routing.router import Router, pick_inputs
 from moe.routing.table import ROUTERS
 from moe.routing.types import Scalar
+from moe.training import guards
 from moe.training.objective import forward, predictions
 from moe.training.state import Skeleton
 
@@ -108,6 +109,8 @@ def update_prior(
 ) -> Any:
     """The router state after one round of Hedge in every sparse layer.
 
+    A round whose result is not finite, as with an infinite loss of one expert's absence, changes nothing.
+
     Args:
         spec: of the model.
         router: pure dict of router state.
@@ -119,9 +122,10 @@ def update_prior(
     rewards = ablation_rewards(
         jnp.broadcast_to(sums.nll / total, (spec.sparse_layers,)), sums.nll_without / total
     )
-    return _with_prior(
+    new = _with_prior(
         spec, router, lambda state, mine: set_prior(state, mine, rate, floor), rewards
     )
+    return guards.keep(guards.all_finite(new), new, router)
 
 
 def _with_prior(
