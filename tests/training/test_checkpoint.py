@@ -14,59 +14,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
-import optax
 import pytest
 
-from moe.errors import CheckpointError, ConfigError, ResourceError
+from moe.errors import CheckpointError, ConfigError, DivergedError, ResourceError
 from moe.training.checkpoint import Checkpointer
-from moe.training.digest import digest
-
-DATA = {"next_index": 7, "mixture": [1, None]}
-META = {"config": {"model": {"width": 8}}, "tokenizer": "x" * 1000}
-
-
-def sharding(devices: int, *spec: str | None) -> NamedSharding:
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]).reshape(devices), ("fsdp",))
-    return NamedSharding(mesh, PartitionSpec(*spec))
-
-
-def make_state(devices: int = 8, seed: int = 0) -> dict:
-    """Every kind of leaf that a training state holds."""
-    kernel = jax.random.normal(jax.random.key(seed), (16, 24))
-    params = {"experts": {"up": kernel}, "scale": jnp.ones(24, jnp.bfloat16)}
-    state = {
-        "params": params,
-        "optimizer": optax.adam(1e-3).init(params),
-        "router_state": {"bias": jnp.arange(8, dtype=jnp.float32)},
-        "key": jax.random.key(seed + 1),
-        "step": jnp.int32(3),
-    }
-    return jax.device_put(state, target_shardings(state, devices))
-
-
-def target_shardings(state: dict, devices: int) -> dict:
-    rows = sharding(devices, "fsdp")
-    whole = sharding(devices)
-    return jax.tree.map(lambda x: rows if x.shape == (16, 24) else whole, state)
-
-
-def abstract(state: dict, devices: int = 8) -> dict:
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        state,
-        target_shardings(state, devices),
-    )
-
-
-def assert_same_bits(expected: dict, actual: dict) -> None:
-    assert jax.tree.structure(expected) == jax.tree.structure(actual)
-    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
-        assert a.dtype == b.dtype
-        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+from moe.training.digest import digest, summaries
+from tests.training.tiny_checkpoints import (
+    DATA,
+    META,
+    abstract,
+    assert_same_bits,
+    flip_byte,
+    make_state,
+    sharding,
+    target_shardings,
+)
 
 
 @pytest.fixture(scope="module")
@@ -260,12 +223,6 @@ def test_a_leaf_that_is_no_jax_array_is_refused_by_name(tmp_path):
         assert checkpoints.latest_step() is None
 
 
-def flip_byte(path: Path, index: int) -> None:
-    contents = bytearray(path.read_bytes())
-    contents[index] ^= 1
-    path.write_bytes(contents)
-
-
 def test_flipped_bits_never_load(tmp_path):
     state = {"params": {"w": jax.random.normal(jax.random.key(0), (2**16,))}}
     target = {"params": {"w": jax.ShapeDtypeStruct((2**16,), jnp.float32, sharding=sharding(1))}}
@@ -345,6 +302,31 @@ def test_digest_ignores_sharding_and_sees_every_bit():
         changed[draws.integers(16), draws.integers(24)] ^= np.uint32(1 << draws.integers(32))
         assert digest({"x": jnp.asarray(changed.view(np.float32))}) != before
     assert digest({"x": jnp.asarray(host[::-1])}) != before  # the order of rows counts too
+
+
+def test_values_that_are_not_finite_are_counted_on_any_mesh():
+    state = make_state(1)
+    state["params"]["experts"]["up"] = (
+        state["params"]["experts"]["up"].at[3, 4].set(jnp.nan).at[15, 0].set(-jnp.inf)
+    )
+    state["params"]["scale"] = state["params"]["scale"].at[0].set(jnp.inf)
+    spread = jax.device_put(state, target_shardings(state, 8))
+    assert summaries(spread) == summaries(state)
+    counts = {name: found.not_finite for name, found in summaries(spread).items()}
+    wrong = {name: count for name, count in counts.items() if count}
+    assert wrong == {"params/experts/up": 2, "params/scale": 1}
+
+
+def test_a_state_that_is_not_finite_is_never_written(tmp_path):
+    state = make_state()
+    with Checkpointer(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, state, DATA, META)
+        state["params"]["scale"] = state["params"]["scale"].at[3].set(jnp.nan)
+        with pytest.raises(DivergedError, match=r"1 of the 24 values of params/scale") as caught:
+            checkpoints.save(2, state, DATA, META)
+        assert caught.value.exit_code == 5
+        assert checkpoints.all_steps() == [1]
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]
 
 
 def run_child(code: str, *arguments: object, **options) -> subprocess.Popen:
