@@ -15,6 +15,7 @@ from moe import cli
 from moe.sweep import comparison_report, comparison_table
 from moe.sweep.arm_runner import run_arms
 from moe.sweep.arms import Comparison, load_comparison
+from moe.sweep.storage import on_disk
 from moe.training.workdir import write_atomically
 
 TRAIN = Path(__file__).resolve().with_name("train_seeds.py")
@@ -25,27 +26,28 @@ flags.DEFINE_integer("workers", 1, "Arms that train at once.", flag_values=FLAGS
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code: 0 done, 1 with a failed arm, 75 stopped before the end."""
+    """Returns the exit code: 0 done, 1 with a failed arm, 2 config, 6 full disk, 75 stopped before the end."""
     rest, path, overrides = cli.split_overrides(argv)
     cli.parse_flags(rest, FLAGS)
     cli.require_flags(config=path, workdir=FLAGS.workdir)
     comparison = load_comparison(str(path), overrides)
     workdir = Path(FLAGS.workdir).absolute()
-    outcome = run_arms(
-        comparison,
-        workdir,
-        command=train_command(comparison),
-        workers=FLAGS.workers,
-        announce=lambda line: print(line, flush=True),
-    )
-    rows = comparison_table.rows(comparison, outcome.arms)
-    text = comparison_table.to_text(comparison, rows)
-    write_atomically(workdir / "results.csv", comparison_table.to_csv(comparison, rows))
-    write_atomically(workdir / "results.txt", text + "\n")
-    command = f"python3 scripts/compare_routers.py {' '.join(argv[1:])}"
-    page = comparison_report.write_comparison_report(
-        workdir, comparison, rows, command=command, workers=FLAGS.workers
-    )
+    with on_disk():
+        outcome = run_arms(
+            comparison,
+            workdir,
+            command=train_command(comparison),
+            workers=FLAGS.workers,
+            announce=lambda line: print(line, flush=True),
+        )
+        rows = comparison_table.rows(comparison, outcome.arms)
+        text = comparison_table.to_text(comparison, rows)
+        write_atomically(workdir / "results.csv", comparison_table.to_csv(comparison, rows))
+        write_atomically(workdir / "results.txt", text + "\n")
+        command = f"python3 scripts/compare_routers.py {' '.join(argv[1:])}"
+        page = comparison_report.write_comparison_report(
+            workdir, comparison, rows, command=command, workers=FLAGS.workers
+        )
     print(text)
     print(f"{workdir}/results.csv  {page}")
     return outcome.exit_code

@@ -22,6 +22,7 @@ from absl import flags
 from moe import cli
 from moe.sweep.load import load_sweep
 from moe.sweep.run import run_sweep
+from moe.sweep.storage import PATIENCE_SECONDS
 from moe.sweep.study import HEARTBEAT_SECONDS
 from moe.sweep.table import to_text
 
@@ -40,6 +41,12 @@ flags.DEFINE_float(
     "heartbeat",
     HEARTBEAT_SECONDS,
     "Seconds between signs of life in the storage; after ten without one, others take trials over.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_float(
+    "patience",
+    PATIENCE_SECONDS,
+    "Seconds that a storage that is away is waited for; trainers go on meanwhile.",
     flag_values=FLAGS,
 )
 
@@ -61,6 +68,7 @@ def main(argv: list[str]) -> int:
         workers=FLAGS.workers,
         storage=FLAGS.storage,
         heartbeat=FLAGS.heartbeat,
+        patience=FLAGS.patience,
         announce=lambda line: print(line, flush=True),
     )
     print(to_text(outcome.rows, sweep))

@@ -19,6 +19,8 @@ from moe.evaluation.record import write_json
 from moe.sweep.arm_runner import RESULT, stored
 from moe.sweep.arms import settings_of
 from moe.sweep.measure import measure
+from moe.sweep.run import check_place
+from moe.sweep.storage import on_disk
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,19 +39,21 @@ def main(argv: list[str]) -> int:
     if not all(seed.isdigit() for seed in FLAGS.seeds):
         raise ConfigError(f"--seeds={','.join(FLAGS.seeds)} must be whole numbers: write 0,1,2.")
     train = import_beside(str(ROOT / "scripts"), "train.py").train
-    workdir = Path(FLAGS.workdir)
-    workdir.mkdir(exist_ok=True)
+    workdir = Path(FLAGS.workdir).absolute()
+    check_place(workdir, workers=1)
     cache = workdir / "cache"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    for seed in map(int, FLAGS.seeds):
-        config = cli.load_config(str(path), [*overrides, ("seed", str(seed))])
-        run = workdir / f"seed-{seed}"
-        code = train(config, run)
-        if code:
-            return code
-        metrics = measure(config, run, (FLAGS.in_domain, FLAGS.out_of_domain))
-        write_json(run / RESULT, stored(settings_of(config), seed, metrics))
+    with on_disk():
+        workdir.mkdir(exist_ok=True)
+        for seed in map(int, FLAGS.seeds):
+            config = cli.load_config(str(path), [*overrides, ("seed", str(seed))])
+            run = workdir / f"seed-{seed}"
+            code = train(config, run)
+            if code:
+                return code
+            metrics = measure(config, run, (FLAGS.in_domain, FLAGS.out_of_domain))
+            write_json(run / RESULT, stored(settings_of(config), seed, metrics))
     shutil.rmtree(cache, ignore_errors=True)
     return 0
 

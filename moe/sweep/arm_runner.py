@@ -5,22 +5,25 @@ on from its checkpoint, because its arm is started again with the seeds that hav
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 import json
 import os
 from pathlib import Path
 import queue
 import subprocess
-import threading
 import time
 from typing import Any, NamedTuple
 
-from moe.errors import EXIT_PREEMPTED, ConfigError
+from moe.errors import EXIT_PREEMPTED, ConfigError, UserError
+from moe.parallel.orphans import tied
 from moe.sweep.arms import Arm, Comparison, difference
 from moe.sweep.run import check_place, share_of_cores
-from moe.sweep.trainer import failure_text, terminate
+from moe.sweep.storage import FULL, GO_ON
+from moe.sweep.trainer import Restarts, failure_text, reached, terminate
 from moe.sweep.worker import Stop
 
 RESULT = "result.json"
+DAMAGED = "result.json.damaged"
 POLL_SECONDS = 0.5
 Results = dict[int, dict[str, Any]]  # seed -> what `measure` told
 Announce = Callable[[str], None]
@@ -73,7 +76,9 @@ def run_arms(
     check_place(workdir, workers)
     workdir.mkdir(exist_ok=True)
     todo: queue.SimpleQueue[Arm] = queue.SimpleQueue()
-    found = {arm.name: ArmResult(arm, read_results(arm, workdir)) for arm in comparison.arms}
+    found = {
+        arm.name: ArmResult(arm, read_results(arm, workdir, announce)) for arm in comparison.arms
+    }
     for arm in comparison.arms:
         if set(comparison.seeds) - found[arm.name].results.keys():
             todo.put(arm)
@@ -82,14 +87,17 @@ def run_arms(
         announce(f"continuing: {total - todo.qsize()} of {total} arms are done")
     stop = Stop().listen()
     job = _Job(comparison, workdir, list(command), announce, poll, stop, todo, found)
-    threads = [
-        threading.Thread(target=_work, args=(job, share_of_cores(n, workers)))
-        for n in range(workers)
-    ]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        time.sleep(poll)  # signals are handled between naps of the main thread
+    with ThreadPoolExecutor(workers) as pool:
+        runs = [pool.submit(_work, job, share_of_cores(n, workers)) for n in range(workers)]
+        try:
+            # Signals are handled between naps of the main thread.
+            while not all(run.done() for run in runs):
+                wait(runs, poll)
+                for run in runs:
+                    if run.done():
+                        run.result()
+        finally:
+            stop.requested |= any(not run.done() for run in runs)
     arms = [found[arm.name] for arm in comparison.arms]
     return Outcome(arms, _exit_code(comparison, arms, stop))
 
@@ -105,23 +113,43 @@ class _Job(NamedTuple):
     found: dict[str, ArmResult]
 
 
-def read_results(arm: Arm, workdir: Path) -> Results:
-    """The results of an arm's finished runs.
+def read_results(arm: Arm, workdir: Path, announce: Announce = lambda line: None) -> Results:
+    """The results of an arm's finished runs; a damaged one is moved aside, so that it is made again.
 
     Raises:
         ConfigError: they are of another config.
     """
     results: Results = {}
     for path in sorted((workdir / arm.name).glob(f"seed-*/{RESULT}")):
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = _read_result(path)
+        if record is None:
+            path.replace(path.with_name(DAMAGED))
+            announce(
+                f"{path} is damaged: it is kept as {DAMAGED}, and that seed is measured again."
+            )
+            continue
         key = difference(arm.settings, record["settings"])
         if key is not None:
             raise ConfigError(
                 f"{path} is the result of another config: {key} differs. Give a new --workdir, or delete "
                 f"{workdir / arm.name} to run this arm again."
             )
-        results[int(record["seed"])] = record
+        results[record["seed"]] = record
     return results
+
+
+def _read_result(path: Path) -> dict[str, Any] | None:
+    """What `stored` made of that folder's seed, or None where it does not read back so."""
+    try:
+        record = json.loads(path.read_bytes())
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or path.parent.name != f"seed-{record.get('seed')}":
+        return None
+    settings, metrics = record.get("settings"), record.get("metrics")
+    if not isinstance(settings, dict) or not isinstance(metrics, dict) or "loss" not in metrics:
+        return None
+    return record
 
 
 def _work(job: _Job, cores: Sequence[int]) -> None:
@@ -137,31 +165,61 @@ def _work(job: _Job, cores: Sequence[int]) -> None:
             arm = job.todo.get_nowait()
         except queue.Empty:
             return
-        error = _run(job, arm)
-        result = ArmResult(arm, read_results(arm, job.workdir), error)
+        result = _result(job, arm)
         job.found[arm.name] = result
         job.announce(f"[{_done(job)}/{len(job.found)}] {_line(job, result)}")
 
 
+def _result(job: _Job, arm: Arm) -> ArmResult:
+    """Runs an arm; what goes wrong on disk is its error and leaves the other arms alone."""
+    try:
+        error = _run(job, arm)
+        return ArmResult(arm, read_results(arm, job.workdir, job.announce), error)
+    except (UserError, OSError) as error:
+        advice = f" {GO_ON}" if isinstance(error, OSError) and error.errno in FULL else ""
+        return ArmResult(
+            arm, job.found[arm.name].results, f"{type(error).__name__}: {error}{advice}"
+        )
+
+
 def _run(job: _Job, arm: Arm) -> str:
     """Runs the trainer of one arm to its end; returns the error, "" for none."""
-    missing = [s for s in job.comparison.seeds if s not in job.found[arm.name].results]
     folder = job.workdir / arm.name
     folder.mkdir(exist_ok=True)
     log = folder / "log.txt"
+    restarts = Restarts(lambda: _progress(folder))
+    while True:
+        missing = _missing(job, arm)
+        code = _run_process(job, arm_command(job.command, arm, missing, folder), log)
+        if code == 0:
+            left = _missing(job, arm)
+            return f"the trainer ended without {RESULT} of seeds {left}." if left else ""
+        if job.stop.requested:
+            return ""
+        if not restarts.again(code):
+            return restarts.text() + failure_text(code, log)
+
+
+def _run_process(job: _Job, command: Sequence[str], log: Path) -> int:
     with log.open("ab") as output:
-        process = subprocess.Popen(
-            arm_command(job.command, arm, missing, folder), stdout=output, stderr=output
-        )
+        process = subprocess.Popen(tied(command), stdout=output, stderr=output, process_group=0)
     try:
         while process.poll() is None and not job.stop.requested:
             time.sleep(job.poll)
     finally:
         code = terminate(process)
-    if code == 0:
-        left = sorted(set(missing) - read_results(arm, job.workdir).keys())
-        return f"the trainer ended without {RESULT} of seeds {left}." if left else ""
-    return "" if job.stop.requested else failure_text(code, log)
+    return code
+
+
+def _missing(job: _Job, arm: Arm) -> list[int]:
+    done = read_results(arm, job.workdir, job.announce).keys()
+    return [seed for seed in job.comparison.seeds if seed not in done]
+
+
+def _progress(folder: Path) -> int:
+    """Steps that an arm's runs have logged or saved, and results, which come after all steps."""
+    runs = list(folder.glob("seed-*/"))
+    return sum(reached(run) + (run / RESULT).exists() for run in runs)
 
 
 def arm_command(command: Sequence[str], arm: Arm, seeds: Sequence[int], folder: Path) -> list[str]:

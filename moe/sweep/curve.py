@@ -64,7 +64,7 @@ class Curve:
         """The last step and its value."""
         return max(self.points.items()) if self.points else None
 
-    def thinned(self) -> list[list[float]]:
+    def thinned(self) -> list[list[int | float]]:
         """[step, value] pairs for the storage, the last one among them."""
         found = [[step, value] for step, value in sorted(self.points.items())]
         stride = -(-len(found) // CURVE_POINTS) or 1

@@ -15,6 +15,7 @@ import numpy as np
 
 from moe import setup
 from moe.config import ConfigDict
+from moe.errors import DataError
 from moe.evaluation.compare import Numbers, compare, make_comparison_step, saturation_metrics
 from moe.model.build import model_size
 from moe.model.transformer import Transformer
@@ -48,8 +49,11 @@ def measure(config: ConfigDict, workdir: Path, domains: tuple[str | None, str | 
 
     Returns:
         Numbers, None where one does not apply. `loss` is bits per byte, of a classifier nats a row.
+
+    Raises:
+        DataError: the last evaluation is missing or damaged.
     """
-    record = json.loads((workdir / "eval" / f"valid-{config.steps}.json").read_text())
+    record = _read_record(workdir / "eval" / f"valid-{config.steps}.json", workdir)
     train = read_metrics(workdir / "metrics.jsonl")[0].get("train", [])
     with Checkpointer(workdir / "checkpoints", read_only=True) as checkpointer:
         run = setup.set_up(config)
@@ -61,6 +65,16 @@ def measure(config: ConfigDict, workdir: Path, domains: tuple[str | None, str | 
         **routing(record, train),
         "saturation": saturated,
     }
+
+
+def _read_record(path: Path, workdir: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}, the last evaluation of this run, cannot be read ({error}). Make it again with "
+            f"`python3 eval.py --workdir={workdir}`, then run the comparison's command again."
+        ) from error
 
 
 def quality(record: dict[str, Any], within: str | None, outside: str | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from moe.errors import EXIT_PREEMPTED, ConfigError
 from moe.sweep import report, table
 from moe.sweep import study as study_lib
 from moe.sweep.space import Sweep
-from moe.sweep.storage import explained
+from moe.sweep.storage import PATIENCE_SECONDS, explained
 from moe.sweep.trainer import KILL_SECONDS, terminate
 from moe.sweep.worker import Job, Stop, start_worker
 from moe.training.workdir import write_atomically
@@ -45,6 +45,7 @@ def run_sweep(
     announce: Callable[[str], None] = lambda line: None,
     poll: float = WATCH_SECONDS,
     heartbeat: float = study_lib.HEARTBEAT_SECONDS,
+    patience: float = PATIENCE_SECONDS,
 ) -> Outcome:
     """Runs, or goes on with, a sweep; writes `results.csv` and `report.html` in its workdir.
 
@@ -59,6 +60,7 @@ def run_sweep(
         poll: seconds between looks at running trainers.
         heartbeat: seconds between signs of life in the storage; after ten without one, other
             machines take this one's trials over.
+        patience: seconds that a storage that is away is waited for.
 
     Raises:
         ConfigError: before anything is started.
@@ -74,10 +76,12 @@ def run_sweep(
         workdir.mkdir(exist_ok=True)
         study = study_lib.open_study(sweep, address)
         stop = Stop().listen()
-        job = Job(sweep, workdir, address, list(command), poll, (), heartbeat)
+        job = Job(sweep, workdir, address, list(command), poll, (), heartbeat, patience)
         jobs = [job._replace(cores=share_of_cores(n, workers)) for n in range(workers)]
         # Opening waited for nothing: from here on the database may be away for a while.
-        study = study_lib.load_study(sweep, address, hurry=lambda: stop.requested)
+        study = study_lib.load_study(
+            sweep, address, patience=patience, hurry=lambda: stop.requested
+        )
         with Crew(jobs, announce) as crew:
             _watch(study, sweep, crew, stop, announce, poll)
         rows = table.rows(study, sweep)

@@ -30,8 +30,10 @@ CREATIONS = 5  # tries to make the tables: of machines that start at once, one m
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 GO_ON = "Runs and their checkpoints are as they were: then run the same command, and it goes on."
 
-# What a driver of PostgreSQL is told, so that a dead connection is noticed in seconds, not hours.
-_KEEPALIVE = {
+# What a driver of PostgreSQL is told: text is text, also from a server of no encoding (locale C), and
+# a dead connection is noticed in seconds, not hours.
+_POSTGRES = {
+    "client_encoding": "utf8",
     "connect_timeout": 10,
     "keepalives_idle": 20,
     "keepalives_interval": 5,
@@ -134,7 +136,7 @@ def _engine_options(url: str) -> dict[str, Any]:
     # A connection that broke while it was not used is replaced when it is taken.
     options: dict[str, Any] = {"pool_pre_ping": True}
     if re.match(r"postgresql(\+psycopg2?)?:", url):
-        options["connect_args"] = _KEEPALIVE
+        options["connect_args"] = _POSTGRES
     return options
 
 
@@ -172,12 +174,7 @@ def explained(url: str, *, opening: bool = False) -> Generator[None]:
 def _explain(error: BaseException, address: str, opening: bool) -> UserError | None:
     cause = _cause(error)
     if isinstance(cause, OSError):
-        if cause.errno not in FULL:
-            return None
-        where = f"{cause.filename}: " if cause.filename else ""
-        return ResourceError(
-            f"{where}{cause.strerror}. Free some room, or mount it writable. {GO_ON}"
-        )
+        return _of_disk(cause)
     name = getattr(cause, "sqlite_errorname", "")
     if name in ("SQLITE_CORRUPT", "SQLITE_NOTADB") or "no such table" in str(cause):
         return CheckpointError(
@@ -197,6 +194,25 @@ def _explain(error: BaseException, address: str, opening: bool) -> UserError | N
         f"--storage={address}: the database is away or refuses ({_first_line(cause)}). See that it "
         f"runs and can be reached. {GO_ON}"
     )
+
+
+def _of_disk(error: OSError) -> ResourceError | None:
+    if error.errno not in FULL:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return ResourceError(f"{where}{error.strerror}. Free some room, or mount it writable. {GO_ON}")
+
+
+@contextlib.contextmanager
+def on_disk() -> Generator[None]:
+    """Turns a full or broken disk inside into a ResourceError."""
+    try:
+        yield
+    except OSError as error:
+        told = _of_disk(error)
+        if told is None:
+            raise
+        raise told from error
 
 
 def _no_database(error: BaseException, address: str) -> ConfigError:

@@ -41,7 +41,7 @@ class Row(NamedTuple):
     params: dict[str, Any]
     seeds: dict[int, float]
     interval: Interval | None
-    curves: dict[int, list[list[float]]]
+    curves: dict[int, list[list[int | float]]]
     note: str
 
 

@@ -21,7 +21,7 @@ from moe.parallel.orphans import tied
 from moe.sweep import study as study_lib
 from moe.sweep.curve import Curve, Pruning
 from moe.sweep.space import Params, Sweep, to_text
-from moe.sweep.storage import explained
+from moe.sweep.storage import PATIENCE_SECONDS, explained
 from moe.sweep.study import Claim
 from moe.sweep.trainer import Restarts, failure_text, reached, terminate
 from moe.training.workdir import write_atomically
@@ -40,6 +40,7 @@ class Job(NamedTuple):
         poll: seconds between looks at a running trainer.
         cores: processors that the worker and its trainers use; empty for all.
         heartbeat: seconds between signs of life.
+        patience: seconds that a storage that is away is waited for.
     """
 
     sweep: Sweep
@@ -49,6 +50,7 @@ class Job(NamedTuple):
     poll: float = POLL_SECONDS
     cores: Sequence[int] = ()
     heartbeat: float = study_lib.HEARTBEAT_SECONDS
+    patience: float = PATIENCE_SECONDS
 
 
 class Result(NamedTuple):
@@ -111,7 +113,9 @@ def work(job: Job) -> None:
     if job.cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, job.cores)
     stop = Stop().listen()
-    study = study_lib.load_study(job.sweep, job.storage, hurry=lambda: stop.requested)
+    study = study_lib.load_study(
+        job.sweep, job.storage, patience=job.patience, hurry=lambda: stop.requested
+    )
     local = job.storage == study_lib.default_storage(job.workdir)
     claims = study_lib.Claims(study, job.workdir, local=local, heartbeat=job.heartbeat)
     while not stop.requested:

@@ -4,9 +4,26 @@ The loss is router.k + seed / 10. `data.text_feature` chooses a misbehaviour. It
 """
 
 import json
+import os
 from pathlib import Path
 import sys
 import time
+
+
+def end(mode, workdir):
+    """By an exit code, or by a signal where it is below 0; a mode `..._once` does so once."""
+    if not mode.startswith("exit"):
+        return
+    mark = workdir / "ended-once"
+    code = mode.removeprefix("exit").removesuffix("_once")
+    if mode.endswith("_once") and mark.exists():
+        return
+    mark.touch()
+    sys.stderr.write("ResourceError: no room for postgresql://me:hush@db/x: free some.\n")
+    sys.stderr.flush()
+    if int(code) < 0:
+        os.kill(os.getpid(), -int(code))
+    sys.exit(int(code))
 
 
 def main():
@@ -24,6 +41,8 @@ def main():
             time.sleep(60)
         run = workdir / f"seed-{seed}"
         run.mkdir(exist_ok=True)
+        if seed > 0:
+            end(mode, workdir)
         loss = int(flags.get("config.router.k", 4)) + seed / 10
         record = {"seed": seed, "settings": {"optimizer": {"learning_rate": rate}}}
         record["metrics"] = {"loss": loss, "tokens_per_second": 1000.0}

@@ -32,6 +32,22 @@ def misbehave(mode, workdir):
         sys.exit(75)
     if mode == "stuck":
         sys.exit(75)
+    if mode.startswith("exit"):
+        end(mode, workdir)
+
+
+def end(mode, workdir):
+    """By an exit code, or by a signal where it is below 0; a mode `..._once` does so once."""
+    mark = workdir / "ended-once"
+    code = int(mode.removeprefix("exit").removesuffix("_once"))
+    if mode.endswith("_once") and mark.exists():
+        return
+    mark.touch()
+    sys.stderr.write("Trouble: no room for postgresql://me:hush@db/x?password=hush2: free some.\n")
+    sys.stderr.flush()
+    if code < 0:
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
 
 
 def main():
