@@ -43,7 +43,7 @@ def directory_in_one_go(path: Path) -> Generator[Path]:
         ) from error
     try:
         yield temporary
-        _write_sums(temporary)
+        write_sums(temporary)
         temporary.chmod(0o755)  # mkdtemp's is for its owner alone; the cache may be shared
         _rename_unless_there(temporary, path)
     finally:
@@ -93,9 +93,10 @@ def _total(files: dict[str, list[int]]) -> int:
     return sum(len(sums) for sums in files.values()) * _BLOCK
 
 
-def _write_sums(path: Path) -> None:
+def write_sums(path: Path) -> None:
+    """Writes the checksums of all files of a directory as they are now."""
     files = {}
-    for file in sorted(path.iterdir()):
+    for file in sorted(set(path.iterdir()) - {path / _SUMS}):
         with file.open("rb") as data:
             blocks = iter(lambda data=data: data.read(_BLOCK), b"")
             files[file.name] = [zlib.crc32(block) for block in blocks]

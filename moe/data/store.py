@@ -103,7 +103,10 @@ def document_keys(source: Source, directory: Path) -> Shaped[np.ndarray, " n"]:
         with directory_in_one_go(path.parent) as temporary:
             np.save(temporary / path.name, np.array(keys, np.uint32))
     check_directory(path.parent)
-    return np.load(path, allow_pickle=False)
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise damaged(path.parent, repr(error)) from error
 
 
 def _write(source: Source, tokenizer: Tokenizer, path: Path) -> None:
