@@ -6,10 +6,8 @@ Exit codes: 0 done, 2 config, 3 data, 4 checkpoint, 5 diverged, 6 disk or memory
 the state saved.
 """
 
-from collections.abc import Collection, Generator
 import contextlib
 from pathlib import Path
-import time
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -17,32 +15,45 @@ import jax
 
 from moe import cli, programs, setup
 from moe.config import ConfigDict
-from moe.data import tokenizers
 from moe.data.router_valid import ROUTER_VALID
-from moe.data.tokenizers import Tokenizer
 from moe.errors import EXIT_PREEMPTED
-from moe.evaluation.evaluate import EvalStep, Evaluation, EvaluationStopped, best_rule
-from moe.evaluation.kept_choices import Kept, forget_after, keep
+from moe.evaluation.evaluate import Evaluation, EvaluationStopped, best_rule
+from moe.evaluation.kept_choices import Kept, keep
 from moe.evaluation.kept_choices import history as kept_history
 from moe.evaluation.record import write_json
-from moe.model.build import ModelSize, model_size
+from moe.model.build import model_size
 from moe.parallel import compile_cache, distributed
 from moe.parallel.host_memory import reuse_buffers
 from moe.report.lines import describe, train_values
 from moe.report.run import write_report
+from moe.session import (
+    PENDING,
+    Place,
+    Session,
+    compile_programs,
+    eval_file,
+    explained,
+    forget,
+    go_back,
+    heeded,
+    past_rewinds,
+    restore_or_start,
+    saved_tokenizer,
+    write_start,
+)
 from moe.setup import Run
-from moe.training import guards, history, resources, throughput, watchdog
+from moe.training import history, resources, throughput, watchdog
 from moe.training.checkpoint import Checkpointer
+from moe.training.collapse import Watch
 from moe.training.interruption import Interruption
 from moe.training.patience import Interrupted, Patient
-from moe.training.prior_update import PriorUpdate
 from moe.training.progress import Progress
 from moe.training.recording import Recorder
 from moe.training.resources import Spare
-from moe.training.state import TrainState, abstract_state, initialize
-from moe.training.step import StepMetrics, TrainStep
+from moe.training.state import TrainState
+from moe.training.step import StepMetrics
 from moe.training.watchdog import Watchdog
-from moe.training.workdir import open_workdir, package_versions, write_atomically, write_config
+from moe.training.workdir import open_workdir, package_versions
 
 FLAGS = flags.FlagValues()  # of this program: another one may import it
 flags.DEFINE_string(
@@ -80,39 +91,6 @@ def main(argv: list[str]) -> int:
     return train(config, Path(FLAGS.workdir), how)
 
 
-class Programs(NamedTuple):
-    """What was compiled for this run."""
-
-    train_step: TrainStep
-    eval_step: EvalStep
-    prior_update: PriorUpdate | None
-
-
-class Session(NamedTuple):
-    """A run that is set up: what its loop runs, reads and writes."""
-
-    run: Run
-    programs: Programs
-    batches: Patient
-    workdir: Path
-    checkpointer: Checkpointer
-    recorder: Recorder
-    progress: Progress
-    interruption: Interruption
-    watchdog: Watchdog
-    spare: Spare
-    size: ModelSize
-    primary: bool
-
-
-class Place(NamedTuple):
-    """Where a run stands."""
-
-    step: int
-    state: TrainState
-    pending: bool  # whether the evaluation of this state was interrupted
-
-
 def train(config: ConfigDict, workdir: Path, how: How) -> int:
     """The road: mesh, data, model, state, restore, step, loop, evaluation, report."""
     primary = jax.process_index() == 0
@@ -140,6 +118,8 @@ def train(config: ConfigDict, workdir: Path, how: How) -> int:
             block = setup.process_block(run.mesh, config.data.batch_size)
             batches = enter(Patient(run.data.train_batches(*block), lambda: interruption.asked))
             place, changes = restore_or_start(run, checkpointer, batches, workdir, how.allow_change)
+            events = history.read(workdir)
+            place = past_rewinds(place, batches, events)
             if place.step >= config.steps and not place.pending:
                 print(f"{workdir} is done: it stands at step {place.step} of steps={config.steps}.")
                 return 0
@@ -147,9 +127,8 @@ def train(config: ConfigDict, workdir: Path, how: How) -> int:
 
             # ---- outputs
             recorder = enter(Recorder(workdir, primary=primary))
-            recorder.rewind(place.step)
+            forget(workdir, place.step, recorder, primary=primary)
             if primary:
-                forget_after(workdir, place.step)
                 write_start(run, workdir, place.step, changes, spare)
             progress = Progress(config.steps, place.step, visible=primary)
             stack.callback(progress.close)
@@ -158,25 +137,28 @@ def train(config: ConfigDict, workdir: Path, how: How) -> int:
             compiled = compile_programs(run, place.state, progress)
 
         # ---- loop
-        size = model_size(run.spec, config.data.sequence_length)
-        outputs = (workdir, checkpointer, recorder, progress)
-        session = Session(run, compiled, batches, *outputs, interruption, dog, spare, size, primary)
+        session = Session(
+            run=run,
+            programs=compiled,
+            batches=batches,
+            workdir=workdir,
+            checkpointer=checkpointer,
+            recorder=recorder,
+            progress=progress,
+            interruption=interruption,
+            watchdog=dog,
+            spare=spare,
+            events=events,
+            watch=Watch(config.guards),
+            size=model_size(run.spec, config.data.sequence_length),
+            primary=primary,
+        )
+        if place.pending and not finish_evaluation(session, place):
+            return stopped(session, place.step)
         code = loop(session, place)
         if primary and (page := spare("the report", write_report, workdir)) is not None:
             progress.message(f"report: {page}")
     return code
-
-
-@contextlib.contextmanager
-def explained(run: Run) -> Generator[None]:
-    """An error of a disk or a memory that is too small becomes one that says what to change."""
-    try:
-        yield
-    except Exception as error:
-        told = resources.translate(error, lambda: resources.estimate(run))
-        if told is None:
-            raise
-        raise told from error
 
 
 def loop(s: Session, place: Place) -> int:
@@ -185,33 +167,32 @@ def loop(s: Session, place: Place) -> int:
     put, key = setup.to_device(s.run.mesh), setup.root_key(config.seed, 1)
     hyper = programs.hyper(s.run)
     clock = throughput.Clock(s.size, throughput.peak_flops(), config.data.sequence_length)
-    step, state = place.step, place.state
-    if place.pending and not finish_evaluation(s, place):
-        return EXIT_PREEMPTED
+    milestones = (config.log_every, config.evaluation.every, config.checkpoint.every)
+    step, state, _ = place
 
     while step < config.steps:
         try:
             with clock.waiting():
                 batch = put(next(s.batches))
         except Interrupted:
-            if step > place.step:
-                save(s, step, state)
-            return stopped(s, step)
+            return stopped(s, step, state if step > place.step else None)
         state, told = s.programs.train_step(state, batch, key, hyper)
         step += 1
         s.watchdog.beat(f"step {step}")
         state = update_prior(s, step, state)
         if is_due(s, step, config.log_every):
             log(s, step, told, clock)
-        if finish_step(s, step, state, clock):
+        if is_due(s, step, *milestones) and heeded(s, step, told.guard) == "rewind":
+            step, state, _ = place = go_back(s, step, told.guard)
+        elif finish_step(s, step, state, clock):
             return stopped(s, step)
     s.checkpointer.wait()
     return 0
 
 
-def is_due(s: Session, step: int, every: int) -> bool:
+def is_due(s: Session, step: int, *every: int) -> bool:
     """Whether something is done at this step: at every so many, and at the last."""
-    return step % every == 0 or step == s.run.config.steps
+    return step == s.run.config.steps or any(step % one == 0 for one in every)
 
 
 def finish_step(s: Session, step: int, state: TrainState, clock: throughput.Clock) -> bool:
@@ -222,6 +203,8 @@ def finish_step(s: Session, step: int, state: TrainState, clock: throughput.Cloc
             found = evaluate(s, step, state)
         pending = found is None
     stop = pending or s.interruption.requested()
+    if stop:
+        heeded(s, step, state.guard)
     if stop or is_due(s, step, s.run.config.checkpoint.every):
         with clock.paused(state):
             save(s, step, state, found, pending=pending)
@@ -237,8 +220,10 @@ def log(s: Session, step: int, told: StepMetrics, clock: throughput.Clock) -> No
     s.checkpointer.poll()
 
 
-def stopped(s: Session, step: int) -> int:
+def stopped(s: Session, step: int, unsaved: TrainState | None = None) -> int:
     """Says where the run stands, once the state is on disk."""
+    if unsaved is not None:
+        save(s, step, unsaved)
     s.checkpointer.wait()
     s.progress.message(f"stopped at step {step}, state saved; run it again to go on")
     return EXIT_PREEMPTED
@@ -252,77 +237,6 @@ def update_prior(s: Session, step: int, state: TrainState) -> TrainState:
     router, judged = update(step, state.params, state.router)
     s.recorder.write(step, ROUTER_VALID, judged)
     return state._replace(router=router)
-
-
-TOKENIZER_FILE = "tokenizer.json"
-
-
-def saved_tokenizer(workdir: Path) -> Tokenizer | None:
-    """The tokenizer of a run that has started before."""
-    path = workdir / TOKENIZER_FILE
-    return tokenizers.from_json(path.read_text()) if path.exists() else None
-
-
-def restore_or_start(
-    run: Run,
-    checkpointer: Checkpointer,
-    batches: Patient,
-    workdir: Path,
-    allow_change: Collection[str],
-) -> tuple[Place, dict[str, list[Any]]]:
-    """The newest checkpoint with its place in the data, or a fresh state at step 0.
-
-    Also what of the data was allowed to differ from the checkpoint's, `{key: [then, now]}`.
-    """
-    window = run.config.guards.window
-    template = abstract_state(run.spec, run.transformation, run.shardings, window)
-    restored = checkpointer.restore_newest(
-        template._asdict(),
-        fresh={"guard": jax.device_put(guards.fresh(window), run.shardings.guard)},
-    )
-    if restored is None:
-        make = jax.jit(
-            lambda key: initialize(run.spec, run.transformation, key, window),
-            out_shardings=run.shardings,
-        )
-        return Place(0, make(setup.root_key(run.config.seed, 0)), False), {}
-    changes = batches.set_state(restored.data_state, allow_change)
-    pending = (
-        restored.meta.get("evaluation") == PENDING
-        and not eval_file(workdir, restored.step).exists()
-    )
-    return Place(restored.step, TrainState(**restored.state), pending), changes
-
-
-def write_start(
-    run: Run, workdir: Path, step: int, changes: dict[str, list[Any]], spare: Spare
-) -> None:
-    """What this run is and how it differs from its last start: for people, and for `eval.py`."""
-    config = run.config.to_dict()
-    event = history.started(workdir, step=step, config=config, data_changes=changes)
-    spare("the history", history.append, workdir, **event)
-    spare("the config", write_config, workdir, config)
-    spare("the tokenizer", write_atomically, workdir / TOKENIZER_FILE, run.data.tokenizer.to_json())
-
-
-def compile_programs(run: Run, state: TrainState, progress: Progress) -> Programs:
-    """Every program of the loop, before its first step."""
-    started = time.perf_counter()
-    compiled = Programs(
-        programs.compile_train_step(run, state),
-        programs.compile_eval_step(run, state.params, state.router),
-        programs.compile_prior_update(run, state),
-    )
-    progress.message(f"compiled in {time.perf_counter() - started:.1f} s")
-    return compiled
-
-
-PENDING = "pending"  # in a checkpoint's meta: its evaluation was interrupted
-
-
-def eval_file(workdir: Path, step: int) -> Path:
-    """The record of the evaluation of this step."""
-    return workdir / "eval" / f"valid-{step}.json"
 
 
 def evaluate(s: Session, step: int, state: TrainState) -> dict[str, Any] | None:
@@ -346,6 +260,8 @@ def evaluate(s: Session, step: int, state: TrainState) -> dict[str, Any] | None:
     except EvaluationStopped:
         return None
     leave(s, found, evaluation)
+    if (advice := s.watch.look(found["metrics"])) is not None:
+        s.progress.message(f"warning: {advice}")
     return found
 
 

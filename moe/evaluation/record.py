@@ -94,3 +94,11 @@ def write_json(path: Path, record: Any) -> None:
     """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def forget_records_after(workdir: Path, step: int) -> None:
+    """Removes the records of evaluations in the loop that a run will do again."""
+    for path in (workdir / "eval").glob("valid-*.json"):
+        number = path.stem.removeprefix("valid-")
+        if number.isdecimal() and int(number) > step:
+            path.unlink()
