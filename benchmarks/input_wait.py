@@ -14,10 +14,16 @@ import jax
 from benchmarks.model_run import fresh_state
 from benchmarks.rows import Row, times
 from moe import cli, programs, setup
+from moe.model.build import model_size
+from moe.session import Place, Programs, Session
 from moe.training.checkpoint import Checkpointer
+from moe.training.collapse import Watch
 from moe.training.interruption import Interruption
+from moe.training.patience import Patient
 from moe.training.progress import Progress
 from moe.training.recording import Recorder, read_records
+from moe.training.resources import Spare
+from moe.training.watchdog import Watchdog
 import train
 
 CONFIG, STEPS = "configs/quickstart.py", 10  # steps of one round
@@ -53,18 +59,34 @@ def rounds(
     state = fresh_state(run)
     compiled = programs.compile_train_step(run, state)
     evaluation = programs.compile_eval_step(run, state.params, state.router)
-    batches = run.data.train_batches()
-    batch = setup.to_device(run.mesh)(next(batches))
+    compiled_once = Programs(compiled, evaluation, None)
+    batch = setup.to_device(run.mesh)(next(run.data.train_batches()))
     key, hyper = setup.root_key(0, 1), programs.hyper(run)
     bare, done = [], 0
     with (
         Checkpointer(folder / "checkpoints") as checkpointer,
         Recorder(folder) as recorder,
         Interruption() as interruption,
-        mock.patch.object(programs, "compile_train_step", return_value=compiled),
-        mock.patch.object(programs, "compile_eval_step", return_value=evaluation),
+        Watchdog(60) as watchdog,
+        Patient(run.data.train_batches(), lambda: interruption.asked) as batches,
         mock.patch.object(train, "save"),  # a checkpoint is paid for by its interval, not by a step
     ):
+        session = Session(
+            run=run,
+            programs=compiled_once,
+            batches=batches,
+            workdir=folder,
+            checkpointer=checkpointer,
+            recorder=recorder,
+            progress=Progress(0, visible=False),
+            interruption=interruption,
+            watchdog=watchdog,
+            spare=Spare(),
+            events=[],
+            watch=Watch(run.config.guards),
+            size=model_size(run.spec, run.config.data.sequence_length),
+            primary=True,
+        )
         for _ in range(repeats + 1):
             started = time.perf_counter()
             for _ in range(steps):
@@ -73,10 +95,7 @@ def rounds(
             bare.append((time.perf_counter() - started) / steps)
             done += steps
             run.config.steps = done
-            progress = Progress(done)
-            out = train.Outputs(folder, checkpointer, recorder, progress, interruption, True)
             fresh = jax.tree.map(lambda a: a.copy(), state)  # the loop donates what it is given
-            train.loop(run, fresh, done - steps, batches, out)
-            progress.close()
+            train.loop(session, Place(done - steps, fresh, pending=False))
     lines = [r for r in read_records(folder) if r["split"] == "train"]
     return bare[1:], lines[1:]
