@@ -38,6 +38,7 @@ from moe.model.build import model_size
 from moe.parallel import compile_cache, distributed
 from moe.parallel.host_memory import reuse_buffers
 from moe.parallel.mesh import batch_shards, fits
+from moe.session import explained
 from moe.setup import Run
 from moe.training.checkpoint import Checkpointer
 from moe.training.state import abstract_state, bind
@@ -121,7 +122,7 @@ def main(argv: list[str]) -> int:
         evaluates = FLAGS.generate is None and combinations is None
         checks = prepare_checks(run, FLAGS.split) if evaluates and FLAGS.generalisation else []
         runs = [variant(run, saved, overrides, pairs) for pairs in combinations or []]
-        with jax.set_mesh(run.mesh):
+        with jax.set_mesh(run.mesh), explained(run):
             checkpoint = restore(run, checkpointer, step)
             if FLAGS.generate is not None:
                 print_continuation(checkpoint, FLAGS.generate, **numbers)
@@ -298,11 +299,11 @@ def print_evaluation(
             slug = f"{slug[:100]}-{zlib.crc32(slug.encode()):08x}"
         path = workdir / "eval" / "overrides" / f"{name}-{slug}.json"
     if jax.process_index() == 0:
-        write_json(path, record)
         for note in setup.data_notes(run.data):
             print(f"note: {note}")
         print(tables.evaluation_table(record, run.config.task.name))
         print(f"\n{triad_table(record['triad'])}\n")
+        write_json(path, record)
         print(f"written to {path}")
 
 
@@ -320,8 +321,8 @@ def print_matrix(
         rows.append({"overrides": dict(pairs), **record})
     if jax.process_index() == 0:
         path = workdir / "eval" / "matrix" / f"{FLAGS.split}-{checkpoint.step}.json"
-        write_json(path, rows)
         print(tables.matrix_table(rows))
+        write_json(path, rows)
         print(f"written to {path}")
 
 
