@@ -180,7 +180,7 @@ class Child:
     def __init__(self, index: int, command: Sequence[str], *, piped: bool):
         output = subprocess.PIPE if piped else None
         self.index = index
-        self.told = self.by_us = False
+        self.told = self.by_us = self._cleared = False
         self.process = subprocess.Popen(
             tied(command),
             stdin=subprocess.DEVNULL,
@@ -197,7 +197,10 @@ class Child:
         self.process.wait()
 
     def clear(self) -> None:
-        """Ends what is left of its group."""
+        """Ends what is left of its group, once: later the number may be of another group."""
+        if self._cleared:
+            return
+        self._cleared = True
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
