@@ -4,7 +4,7 @@ What a run cannot do without (checkpoints, memory) ends in a `ResourceError` wit
 what to change; whatever else it writes is spared (`Spare`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import contextlib
 import errno
 import math
@@ -19,6 +19,7 @@ import jax
 
 from moe.errors import DataError, ResourceError, UserError
 from moe.training.memory import Estimate, estimate, state_bytes
+from moe.training.save_failure import chain, refusal
 from moe.units import memory_size
 
 __all__ = [
@@ -38,7 +39,7 @@ DISK = {
     errno.EFBIG: "Raise the limit of a file's size (`ulimit -f unlimited`)",
     errno.EROFS: "Mount it writable again",
 }
-_NUMBER_IN_TEXT = re.compile(r"os_error_code='(\d+)'")  # of TensorStore, which raises no OSError
+_FILE_IN_TEXT = re.compile(r"local file \"([^\"]+)\"")  # of TensorStore, which raises no OSError
 _FILE_BYTES = 1 << 31  # at which TensorStore starts another data file (OCDBT's default)
 _AGAIN = "the same command then goes on from the newest checkpoint"
 
@@ -94,6 +95,9 @@ def translate(
     """
     if isinstance(error, UserError):
         return None
+    told = next((one for one in chain(error) if isinstance(one, ResourceError)), None)
+    if told is not None:  # and what failed on the way out covered it
+        return told
     failure = disk_failure(error)
     if failure is not None:
         number, where = failure
@@ -101,7 +105,7 @@ def translate(
             f"Writing {where or 'a file of the run'} failed: {os.strerror(number)}. Checkpoints that were "
             f"whole are as they were. {DISK[number]}; {_AGAIN}."
         )
-    short = next((one for one in _chain(error) if _is_memory(one)), None)
+    short = next((one for one in chain(error) if _is_memory(one)), None)
     return None if short is None else _memory_error(short, estimate)
 
 
@@ -110,14 +114,14 @@ def disk_failure(error: BaseException) -> tuple[int, str | None] | None:
 
     None if nothing in the chain of causes and contexts is of that kind.
     """
-    for one in _chain(error):
-        found = _NUMBER_IN_TEXT.search(str(one))
-        if isinstance(one, OSError) and one.errno in DISK:
-            return one.errno, None if one.filename is None else str(one.filename)
-        if found is not None and int(found[1]) in DISK:
-            path = re.search(r"local file \"([^\"]+)\"", str(one))
-            return int(found[1]), path and path[1]
-    return None
+    number = refusal(error)
+    if number is None:
+        return None
+    files = (one.filename for one in chain(error) if isinstance(one, OSError))
+    in_text = (_FILE_IN_TEXT.search(str(one)) for one in chain(error))
+    named = [str(name) for name in files if name is not None]
+    named += [found[1] for found in in_text if found is not None]
+    return number, named[0] if named else None
 
 
 class Spare:
@@ -156,17 +160,6 @@ class Spare:
                     error,
                 )
         return None
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it came from, outermost first."""
-    seen: set[int] = set()
-    found: BaseException | None = error
-    while found is not None and id(found) not in seen:
-        seen.add(id(found))
-        yield found
-        suppressed = found.__suppress_context__
-        found = found.__cause__ or (None if suppressed else found.__context__)
 
 
 def _is_memory(error: BaseException) -> bool:

@@ -133,7 +133,10 @@ TENSORSTORE = (
         (OSError(errno.ENOSPC, "No space left", "/d/x"), ["/d/x", "No space", "keep_latest"]),
         (OSError(errno.EDQUOT, "quota", "/d/x"), ["/d/x", "quota exceeded", "Free some of your"]),
         (OSError(errno.EFBIG, "File too large"), ["a file of the run", "ulimit -f"]),
-        (OSError(errno.EROFS, "Read-only", "/d/x"), ["/d/x", "Read-only", "writable again"]),
+        (
+            OSError(errno.EROFS, "Read-only file system", "/d/x"),
+            ["/d/x", "Read-only", "writable again"],
+        ),
         (ValueError(TENSORSTORE), ["/disk/c/3/ocdbt", "No space", "keep_best"]),
     ],
 )
@@ -198,6 +201,13 @@ def test_an_estimate_that_has_no_memory_itself_is_left_out():
     told = resources.translate(MemoryError("once"), none_left)
     assert isinstance(told, ResourceError)
     assert str(told).startswith("Out of memory on the host: once. ")
+
+
+def test_what_was_told_already_is_not_covered_by_what_failed_on_the_way_out():
+    told = ResourceError("Checkpoint 20 was not saved")
+    after = OSError(errno.ENOSPC, "No space left on device")
+    after.__context__ = told
+    assert resources.translate(after) is told
 
 
 @pytest.mark.parametrize(
