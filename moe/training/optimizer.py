@@ -102,6 +102,7 @@ def update(
     learning_rate: Scalar,
     weight_decay: Scalar,
     clip_norm: Scalar,
+    norm: Float[Array, ""],
 ) -> Optimized:
     """One step of AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), clipped by the global norm.
 
@@ -115,8 +116,8 @@ def update(
         learning_rate: peak; traced, as are the next two.
         weight_decay: relative to the learning rate.
         clip_norm: largest global gradient norm.
+        norm: global norm of `grads`.
     """
-    norm = optax.tree.norm(grads)
     scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
     grads = jax.tree.map(lambda g: g * scale, grads)
     directions, optimizer = transformation.update(grads, optimizer, params)

@@ -114,7 +114,8 @@ def train_step(
         The state after the step, and what was measured before the update.
     """
     grads, aux = gradients(plan, state, batch, jax.random.fold_in(key, state.step), hyper)
-    new = optimizer_lib.update(
+    update = partial(
+        optimizer_lib.update,
         plan.transformation,
         grads,
         state.params,
@@ -124,26 +125,27 @@ def train_step(
         learning_rate=hyper.learning_rate,
         weight_decay=hyper.weight_decay,
         clip_norm=hyper.clip_norm,
+        norm=optax.tree.norm(grads),
     )
-    cost = aux.losses["cross_entropy"]
+    trial, cost = update(), aux.losses["cross_entropy"]
     router = update_router(plan.spec, state.router, aux.totals, cost, hyper.update_options)
-    finite = guards.all_finite((aux.losses, new.grad_norm, new.params, new.optimizer, router))
-    spike = (
-        guards.is_spike(state.guard, cost, hyper.spike_sigmas)
-        if plan.spikes
-        else jnp.asarray(False)
-    )
-    guard = guards.advance(state.guard, cost, finite, spike)
-    applied = finite & ~spike
+    # Moments are sums of finite numbers: squares of gradients are no larger than that of their norm.
+    finite = guards.all_finite((aux.losses, trial.grad_norm, trial.params, router))
+    spike = plan.spikes & guards.is_spike(state.guard, cost, hyper.spike_sigmas)
+    guard, applied = guards.advance(state.guard, cost, finite, spike), finite & ~spike
+
+    def learn() -> tuple[PyTree, optax.OptState]:
+        new = update()
+        return new.params, new.optimizer
+
+    # The trial is only reduced to one bool, and the update is made again, in place: to keep both the
+    # old and the new numbers until the bool is there takes their memory and five times as long.
+    params, optimizer = jax.lax.cond(applied, learn, lambda: (state.params, state.optimizer))
+    router = guards.keep(applied, router, state.router)
     told = StepMetrics(
-        aux.rows, aux.losses, new.learning_rate, new.grad_norm, aux.totals, guard, applied
+        aux.rows, aux.losses, trial.learning_rate, trial.grad_norm, aux.totals, guard, applied
     )
-    learned = guards.keep(
-        applied,
-        (new.params, router, new.optimizer),
-        (state.params, state.router, state.optimizer),
-    )
-    return TrainState(state.step + 1, *learned, guard), told
+    return TrainState(state.step + 1, params, router, optimizer, guard), told
 
 
 def gradients(

@@ -83,6 +83,7 @@ def test_update_is_adamw(clip_norm):
             learning_rate=jnp.float32(0.1),
             weight_decay=jnp.float32(0.1),
             clip_norm=jnp.float32(clip_norm),
+            norm=optax.tree.norm(grads),
         )
         ours, state = done.params, done.optimizer
         updates, twin_state = twin.update(grads, twin_state, theirs)
