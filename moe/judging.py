@@ -18,6 +18,7 @@ from moe.evaluation.scores import primary_score
 from moe.evaluation.triad import cost_of, triad
 from moe.model.build import takes_padding
 from moe.model.spec import ModelSpec
+from moe.parallel.meeting import meet
 from moe.training.state import abstract_state, bind
 
 TRAIN_GAP = "train"  # the check that `evaluation.train_gap` asks for
@@ -138,6 +139,7 @@ class Judge:
         key = self._key(run)
         if key not in self._steps:
             self._steps[key] = programs.compile_eval_step(run, *self._numbers)
+            meet("compiled")
         return self._steps[key]
 
     def _key(self, run: setup.Run) -> Any:

@@ -16,6 +16,7 @@ from moe.evaluation.evaluate import EvalStep
 from moe.evaluation.kept_choices import forget_after
 from moe.evaluation.record import forget_records_after
 from moe.model.build import ModelSize
+from moe.parallel.meeting import meet
 from moe.setup import Run
 from moe.training import guards, history, resources, rewind
 from moe.training.checkpoint import Checkpointer
@@ -156,6 +157,7 @@ def compile_programs(run: Run, state: TrainState, progress: Progress) -> Program
         programs.compile_prior_update(run, state),
     )
     progress.message(f"compiled in {time.perf_counter() - started:.1f} s")
+    meet("compiled")
     return compiled
 
 

@@ -32,6 +32,7 @@ from moe.model.build import ModelSize, model_spec
 from moe.model.build_dispatch import build_dispatch
 from moe.model.spec import KINDS, ModelSpec, Stem
 from moe.parallel.feed import batch_shapes, process_block, to_device
+from moe.parallel.meeting import meet
 from moe.parallel.mesh import batch_shards, make_mesh
 from moe.parallel.rules import Rules, find_rules
 from moe.routing.router import parameters_of
@@ -235,6 +236,7 @@ def data_notes(data: RowData) -> list[str]:
 
 def _check_same_data(fingerprint: str) -> None:
     """Each host prepares its own copy of the data: all must have the same tokens."""
+    meet("data")
     mine = np.frombuffer(hashlib.sha256(fingerprint.encode()).digest(), np.uint8)
     everyone = multihost_utils.process_allgather(mine).reshape(-1, mine.size)
     if (everyone != mine).any():
