@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moe import cli, programs
+from moe import cli, programs, setup
 from moe.data.batches import RowData
 import train
 
@@ -117,9 +117,10 @@ def wrap_evaluation(faults: list[Fault]) -> None:
 
 
 def wrap_data(faults: list[Fault]) -> None:
-    """The batch of a step never comes."""
+    """The batch of a step never comes, or has wrong targets, whenever it is read."""
     make = RowData.train_batches
     hangs = [fault for fault in faults if fault.kind == "hang_data"]
+    wrong = [fault for fault in faults if fault.kind == "wrong_targets"]
 
     def train_batches(self: RowData, *arguments: Any, **named: Any) -> Any:
         batches = make(self, *arguments, **named)
@@ -127,10 +128,14 @@ def wrap_data(faults: list[Fault]) -> None:
         rows = self.batch_size
 
         def hand_out(self: Any) -> Any:
-            if any(fault.at(self.get_state()["next_row"] // rows + 1) for fault in hangs):
+            number = self.get_state()["next_row"] // rows + 1
+            if any(fault.at(number) for fault in hangs):
                 tell("WAITING")
                 time.sleep(10_000)
-            return given(self)
+            batch = given(self)
+            if any(fault.at(number) for fault in wrong):
+                return batch._replace(targets=(batch.targets + 101) % 256)
+            return batch
 
         type(batches).__next__ = hand_out
         return batches
@@ -150,6 +155,18 @@ def wrap_clock(faults: list[Fault]) -> None:
         setattr(time, name, jumped)
 
 
+def wrap_set_up(faults: list[Fault]) -> None:
+    set_up = setup.set_up
+
+    def slow(*arguments: Any, **named: Any) -> Any:
+        for fault in (one for one in faults if one.kind == "slow_set_up"):
+            tell("SETTING UP")
+            time.sleep(fault.value)
+        return set_up(*arguments, **named)
+
+    setup.set_up = slow
+
+
 def wrap_save() -> None:
     save = train.save
 
@@ -164,11 +181,12 @@ def main() -> None:
     cut = sys.argv.index("--")
     faults = [parse(text) for text in sys.argv[1:cut]]
     sys.argv = ["train.py", *sys.argv[cut + 1 :]]
+    wrap_set_up(faults)
     wrap_step(faults)
     wrap_evaluation(faults)
     wrap_save()
     kinds = {fault.kind for fault in faults}
-    if "hang_data" in kinds:
+    if kinds & {"hang_data", "wrong_targets"}:
         wrap_data(faults)
     if "clock" in kinds:
         wrap_clock([fault for fault in faults if fault.kind == "clock"])
