@@ -4,7 +4,9 @@ import contextlib
 import math
 import os
 from pathlib import Path
+import resource
 import tempfile
+import warnings
 import zlib
 
 import jax
@@ -151,3 +153,22 @@ def test_sweeps_share_one(tmp_path, monkeypatch):
     assert _shared_cache(tmp_path) == [f"--compile_cache={tmp_path / 'compile_cache'}"]
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
     assert _shared_cache(tmp_path) == []
+
+
+def test_a_disk_that_fills_up_is_said_once_and_leaves_no_torn_program(tmp_path, no_cache, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # as outside of tests
+        with compile_cache.persistent(tmp_path, str(tmp_path / "cache")):
+            jax.config.update(THRESHOLD, 0.0)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (512, hard))
+            try:
+                for number in (2.5, 3.5, 4.5):
+                    assert jax.jit(lambda x, n=number: x * n)(2.0) == 2.0 * number
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            assert list((tmp_path / "cache").rglob("*-cache")) != []
+    said = [line for line in capsys.readouterr().err.splitlines() if "compile cache" in line]
+    assert len(said) == 1
+    assert "File too large" in said[0]
+    assert list((tmp_path / "cache").rglob("*-cache")) == []

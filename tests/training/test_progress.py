@@ -80,3 +80,45 @@ def test_other_processes_show_nothing():
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_log_on_a_full_disk_stops_nothing(tmp_path):
+    with open("/dev/full", "w") as stream:
+        progress = Progress(10, stream=stream)
+        progress.update(1, VALUES)
+        progress.message("valid 1")
+        progress.close()  # what never found room is let go: Python would end with code 120 for it
+
+
+def test_lines_that_found_no_room_come_when_there_is_some():
+    class Filling(io.StringIO):
+        full = True
+
+        def flush(self) -> None:
+            if self.full:
+                raise OSError(28, "No space left on device")
+
+    stream = Filling()
+    progress = Progress(10, stream=stream)
+    progress.message("first")
+    stream.full = False
+    progress.message("second")
+    progress.close()
+    assert stream.getvalue() == "first\nsecond\n"
+
+
+def test_a_bar_on_a_terminal_that_is_gone_stops_nothing():
+    class Gone(Terminal):
+        gone = False
+
+        def write(self, text: str) -> int:
+            if self.gone:
+                raise OSError(5, "Input/output error")
+            return super().write(text)
+
+    stream = Gone()
+    progress = Progress(10, stream=stream)
+    stream.gone = True
+    progress.update(1, VALUES)
+    progress.message("valid 1")
+    progress.close()
