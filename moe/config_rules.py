@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from moe.config import ConfigDict, require
+from moe.config import ConfigDict, dotted_keys, require
 
 
 def check_numbers(config: ConfigDict) -> None:
@@ -12,6 +12,8 @@ def check_numbers(config: ConfigDict) -> None:
     Raises:
         ConfigError: names the key, its value, the rule and the fix.
     """
+    _check_sizes(config)
+    _check_mappings(config)
     _check_positive(config)
     _check_names(config)
     m, data = config.model, config.data
@@ -124,6 +126,43 @@ def _get(config: ConfigDict, key: str) -> Any:
     for part in key.split("."):
         config = config[part]
     return config
+
+
+# Beyond these a number means another one, or is built in memory before anything can be said of it.
+AT_MOST = {
+    "seed": 2**32 - 1,  # JAX takes the lower 32 bits
+    "model.num_layers": 10_000,
+    "data.workers": 1_000,
+    "evaluation.passes": 10_000,
+}
+_LARGEST = 2**31 - 1  # of every other whole number: sizes and steps are int32 on devices
+
+
+def _check_sizes(config: ConfigDict) -> None:
+    for key in dotted_keys(config):
+        if key.startswith(("data.weights.", "data.files.", "evaluation.generalisation.")):
+            continue  # keys of the user's own, which may have dots
+        value, most = _get(config, key), AT_MOST.get(key, _LARGEST)
+        if isinstance(value, int):
+            require(abs(value) <= most, f"{key}={value} is too large: at most {most}.")
+        if isinstance(value, str):
+            require("\0" not in value, f"{key}={value!r} has a NUL character, which no name has.")
+
+
+def _check_mappings(config: ConfigDict) -> None:
+    """What stands below keys of the user's own."""
+    for key, kinds, what in (
+        ("data.files", str, "a glob"),
+        ("data.weights", int | float, "a number"),
+        ("evaluation.generalisation", ConfigDict | dict, "a mapping of overrides"),
+    ):
+        found = _get(config, key)
+        if isinstance(found, ConfigDict | dict):
+            for name, value in found.items():
+                require(
+                    isinstance(value, kinds) and not isinstance(value, bool),
+                    f"{key}: {name!r} is {value!r}, and must be {what}.",
+                )
 
 
 def _check_positive(config: ConfigDict) -> None:

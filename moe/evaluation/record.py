@@ -1,6 +1,7 @@
 """Evaluations on disk: `eval/<split>-<step>.json`, a fixed interface."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,17 @@ def _sample_record(
 
 
 def write_json(path: Path, record: Any) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all; numbers that are not finite are null, which JSON knows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def forget_records_after(workdir: Path, step: int) -> None:
