@@ -136,7 +136,7 @@ class Interruption:
             numbers = os.read(self._pipe[0], 64)
             if not numbers:
                 return
-            leaving = self._depth > 0 and not self._distributed
+            leaving = (self._depth > 0 or self._raised) and not self._distributed
             asks = [number for number in numbers if number in self._handlers]
             if asks and leaving and deadline is None:
                 deadline = time.monotonic() + GRACE

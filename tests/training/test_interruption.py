@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe.training import interruption as module
 from moe.training.checkpoint import Checkpointer
 from moe.training.interruption import GRACE, Interruption
 
@@ -79,7 +81,7 @@ def signal_and_wait(number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_before_the_first_step_leaves_through_the_clean_up(number):
+def test_a_signal_before_the_first_step_leaves_through_the_clean_up(number, capsys):
     with (
         Interruption() as interruption,
         pytest.raises(SystemExit) as end,
@@ -87,6 +89,7 @@ def test_a_signal_before_the_first_step_leaves_through_the_clean_up(number):
     ):
         signal_and_wait(number)
     assert end.value.code == 75
+    assert capsys.readouterr().err.count("there is nothing to save") == 1
 
 
 def test_a_signal_before_the_phase_is_honoured_at_its_beginning():
@@ -143,6 +146,26 @@ def test_signals_at_the_end_of_the_phase_are_neither_lost_nor_fatal_to_a_run_tha
         output, errors = child.communicate(timeout=120)
     assert child.returncode == 0, errors
     assert output.startswith("True"), output
+
+
+def test_a_phase_that_ends_while_the_signal_is_being_told_is_a_run_that_steps(monkeypatch):
+    """Its steps are not cut off when the grace is over."""
+    told, ended, killed = threading.Event(), threading.Event(), threading.Event()
+
+    def tell(text: str) -> None:
+        told.set()
+        ended.wait()
+
+    monkeypatch.setattr(module, "GRACE", 0.1)
+    monkeypatch.setattr(module, "_tell", tell)
+    monkeypatch.setattr(module.os, "_exit", lambda code: killed.set())
+    with Interruption() as interruption:
+        with interruption.nothing_to_lose():
+            os.write(interruption._pipe[1], bytes([signal.SIGTERM]))  # the handler comes later
+            assert told.wait(60)
+        ended.set()
+        assert wait_for_request(interruption)
+        assert not killed.wait(0.5)
 
 
 def test_a_signal_leaves_a_phase_of_nothing_to_lose_in_the_middle_of_a_long_c_call():
