@@ -6,17 +6,18 @@ from pathlib import Path
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 
 import pytest
 
 from moe.parallel.launch import Ended, first_cause, newest_step
-from tests.faults.harness import Child
+from tests.faults.harness import Child, only_one
 from tests.faults.harness import Ended as Done
 
 LAUNCH = str(Path(__file__).parents[2] / "scripts" / "launch.py")
-PATIENCE = 60.0  # of a machine that is shared
+PATIENCE = 120.0  # of a machine that is shared
 
 # What each program starts with: its number, and a file of its own for each start.
 PRELUDE = """
@@ -303,3 +304,55 @@ def test_steps_are_read_from_names(tmp_path):
     for name in ("8", "10", "12.orbax-checkpoint-tmp", "scores.json"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert newest_step(tmp_path) == 10
+
+
+FAILING = """
+from pathlib import Path
+import sys
+import tempfile
+import time
+from absl import flags
+import jax
+from jax.experimental import multihost_utils
+from moe import cli
+from moe.errors import DataError
+from moe.parallel import distributed
+from moe.parallel.meeting import meet
+
+values = flags.FlagValues()
+distributed.define_flags(values)
+flags.DEFINE_string("workdir", None, "", flag_values=values)
+
+def main(argv):
+    values(argv)
+    distributed.start_from_flags(values)
+    mark = Path(values.workdir) / "late"
+    if jax.process_index() == 1:
+        time.sleep(1)
+        mark.touch()
+    meet("here")
+    print(f"met {mark.exists()}", flush=True)
+    multihost_utils.process_allgather(jax.numpy.ones(1))
+    if jax.process_index() == 1:
+        raise DataError("record 7 of process 1 cannot be read")
+    while True:
+        multihost_utils.process_allgather(jax.numpy.ones(1))
+
+cli.run(main)
+"""
+
+
+def test_the_error_of_one_real_process_is_the_exit_code_of_all(tmp_path):
+    """At the usual exit it would wait for its peer until both are aborted, and its code is lost."""
+    (tmp_path / "program.py").write_text(FAILING)
+    flags = ["--processes=2", "--cpu_devices=1", "--heartbeat=60", "--restarts=2"]
+    program = ["--", str(tmp_path / "program.py"), f"--workdir={tmp_path}"]
+    with (
+        only_one(Path(tempfile.gettempdir()) / "moe-two-processes.lock"),
+        Child([sys.executable, LAUNCH, *flags, *program], {}) as child,
+    ):
+        ended = child.finish()
+    assert ended.code == 3, ended.text
+    assert "[1] DataError: record 7 of process 1 cannot be read" in ended.text
+    assert sum(line.endswith("met True") for line in ended.text.splitlines()) == 2
+    assert "launch:" not in ended.text  # nothing had to be killed, nothing was started again
