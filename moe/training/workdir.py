@@ -142,7 +142,7 @@ def write_atomically(path: Path, contents: str | bytes) -> None:
     """Replaces a file as a whole: readers see the old contents or the new, and nothing else is left.
 
     Raises:
-        OSError: it could not be written; the old contents stand.
+        OSError: it could not be written, with `path` as `filename`; the old contents stand.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     data = contents.encode() if isinstance(contents, str) else contents
@@ -152,9 +152,10 @@ def write_atomically(path: Path, contents: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        error.filename = str(path)  # a write that fails has no name of its own
         raise
 
 
