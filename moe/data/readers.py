@@ -68,6 +68,11 @@ class Readers:
     def __next__(self) -> Batch:
         if not self._processes:
             raise StopIteration
+        for worker, process in enumerate(self._processes):
+            if (
+                process.poll()
+            ):  # its pipe may still hold batches; one that tells an error ends with 0
+                raise DataError(self._death(worker))
         worker = self._turn % len(self._processes)
         batch = self._take(worker)
         self._turn += 1
