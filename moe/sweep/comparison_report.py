@@ -185,7 +185,7 @@ def _intervals(comparison: Comparison, rows: Sequence[Row], unit: str) -> go.Fig
         fig.add_vline(x=reference.loss.mean, line={"dash": "dot", "color": figures.INK})
     order = [figures.label(row.arm.name) for row in reversed(rows)]
     fig.update_yaxes(categoryorder="array", categoryarray=order, dtick=1)
-    fig.update_xaxes(title_text=unit)
+    fig.update_xaxes(title_text=figures.label(unit))
     return fig
 
 
@@ -207,6 +207,6 @@ def _scatter(
             marker=marker,
             name=figures.label(group),
         )
-    fig.update_xaxes(title_text=name)
-    fig.update_yaxes(title_text=unit)
+    fig.update_xaxes(title_text=figures.label(name))
+    fig.update_yaxes(title_text=figures.label(unit))
     return fig
