@@ -126,8 +126,8 @@ class Interruption:
         while True:
             wait = None if deadline is None else max(deadline - time.monotonic(), 0.0)
             if not select.select([self._pipe[0]], [], [], wait)[0]:
-                # The handler is still to run, so the block cannot have ended in a first step; and
-                # one that ended this moment has no step to lose yet.
+                # Where the handler is still to run no step can have begun; a block that ended
+                # between the signal and its handler is a run that steps, which stops by itself.
                 if self._depth or self._raised:
                     _tell(_FORCED)
                     os._exit(EXIT_PREEMPTED)
@@ -143,7 +143,6 @@ class Interruption:
                 _tell(_LEAVING)
             for _ in range(asks.count(signal.SIGINT)):
                 self._on_interrupt(leaving)
-            self._stop |= bool(asks) and not self._distributed
 
     def _on_interrupt(self, leaving: bool) -> None:
         self._interrupts += 1

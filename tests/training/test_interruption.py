@@ -161,9 +161,10 @@ def test_a_phase_that_ends_while_the_signal_is_being_told_is_a_run_that_steps(mo
     monkeypatch.setattr(module.os, "_exit", lambda code: killed.set())
     with Interruption() as interruption:
         with interruption.nothing_to_lose():
-            os.write(interruption._pipe[1], bytes([signal.SIGTERM]))  # the handler comes later
+            os.write(interruption._pipe[1], bytes([signal.SIGTERM]))  # the handler comes later:
             assert told.wait(60)
         ended.set()
+        os.kill(os.getpid(), signal.SIGTERM)
         assert wait_for_request(interruption)
         assert not killed.wait(0.5)
 

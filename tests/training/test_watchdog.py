@@ -97,21 +97,20 @@ def test_a_process_that_was_stopped_goes_on():
         """
         import time
         from moe.training.watchdog import Watchdog
-        with Watchdog(1.0) as dog:
+        with Watchdog(6.0) as dog:
+            dog.beat("step 1")
             print("ready", flush=True)
-            for step in range(12):
-                time.sleep(0.5)
-                dog.beat(f"step {step}")
+            for _ in range(20):  # two seconds awake
+                time.sleep(0.1)
         """
     )
     with child:
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
-        for _ in range(2):
-            child.send_signal(signal.SIGSTOP)
-            time.sleep(2.5)
-            child.send_signal(signal.SIGCONT)
-            time.sleep(0.1)
+        time.sleep(1.0)
+        child.send_signal(signal.SIGSTOP)
+        time.sleep(8.0)
+        child.send_signal(signal.SIGCONT)
         _, errors = child.communicate(timeout=60)
     assert child.returncode == 0, errors
 
