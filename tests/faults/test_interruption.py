@@ -167,10 +167,12 @@ def test_row_24_an_exception_in_the_loop(reference: Reference, tmp_path: Path):
 def test_row_28_ctrl_c_once_and_twice(reference: Reference, tmp_path: Path):
     """Once saves the step that runs; twice leaves at once, and the last checkpoint stands."""
     workdir = tmp_path / "run"
-    with reference.train(workdir, faults=["slow_step@13:30"]) as child:
+    with reference.train(workdir, faults=["slow_step@13:300"]) as child:
         child.wait_for("step 12/")
         child.signal(signal.SIGINT)
         child.wait_for("Stopping: saving after this step.")
+        while not steps_saved(workdir) and child.process.poll() is None:
+            time.sleep(0.2)  # the save of step 10 goes on in the background
         began = time.monotonic()
         child.signal(signal.SIGINT)
         ended = child.finish()
