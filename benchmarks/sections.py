@@ -26,6 +26,7 @@ SECTIONS = {
     "input": "benchmarks.input_wait",
     "language_model": "benchmarks.language_model",
     "compile": "benchmarks.compile_time",
+    "guards": "benchmarks.guards",
 }
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers")
 
