@@ -77,7 +77,7 @@ def check_directory(path: Path) -> None:
             if not whole and len(sums) * _BLOCK > _SMALL:
                 blocks = draw.sample(blocks, max(1, len(sums) * _WHOLE // _total(files)))
             _check_file(path / name, sums, blocks)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise damaged(path, str(error)) from error
 
 

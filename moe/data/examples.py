@@ -143,7 +143,7 @@ def open_examples(
     check_directory(path)
     try:
         return _open(path, fields)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, repr(error)) from error
 
 

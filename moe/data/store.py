@@ -188,7 +188,7 @@ def _open(path: Path) -> TokenStore:
             for split, of_split in meta["counts"].items()
         }
         store = TokenStore(tuple(meta["domains"]), splits, counts, meta["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, repr(error)) from error
     for split, tokens in splits.items():
         sizes = (len(tokens.ids), len(tokens.starts), len(tokens.domain))

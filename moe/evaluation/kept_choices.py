@@ -71,7 +71,7 @@ def read(workdir: Path, split: str) -> list[Kept]:
     for path, found in _files(workdir):
         if found["split"] == split:
             try:
-                with np.load(path, allow_pickle=False) as file:
+                with path.open("rb") as data, np.load(data, allow_pickle=False) as file:
                     expert, experts = file["expert"].astype(np.int32), int(file["num_experts"])
             except _UNREADABLE:
                 continue

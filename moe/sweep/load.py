@@ -171,7 +171,8 @@ def _range(where: str, leaf: dict[str, Any]) -> BaseDistribution:
 
 def _number(where: str, leaf: dict[str, Any], name: str) -> int | float:
     value = leaf.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    if not plain or not abs(value) < 2**63 or not math.isfinite(value):
         raise ConfigError(
             f"{where}: {name}={value!r} must be a finite number; a range is given by low and high."
         )

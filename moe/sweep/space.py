@@ -102,12 +102,21 @@ def fixed_points(sweep: Sweep) -> list[Params]:
     return [{} for _ in range(sweep.points)]
 
 
+LARGEST_GRID = 100_000  # values of one key
+
+
 def grid_values(key: str, distribution: BaseDistribution) -> list[Any]:
     """All values of a key, in order.
 
     Raises:
         ConfigError: a range without a step has no grid.
     """
+    step = getattr(distribution, "step", None)
+    if step and (distribution.high - distribution.low) / step > LARGEST_GRID:
+        raise ConfigError(
+            f"space[{key!r}] has more than {LARGEST_GRID} values from {distribution.low} to "
+            f"{distribution.high} in steps of {step}: take a larger step, or sampler='random' or 'tpe'."
+        )
     match distribution:
         case CategoricalDistribution(choices=choices):
             return list(choices)
