@@ -111,8 +111,9 @@ def grid_values(key: str, distribution: BaseDistribution) -> list[Any]:
     Raises:
         ConfigError: a range without a step has no grid.
     """
-    step = getattr(distribution, "step", None)
-    if step and (distribution.high - distribution.low) / step > LARGEST_GRID:
+    ranged = isinstance(distribution, IntDistribution | FloatDistribution)
+    step = distribution.step if ranged else None
+    if ranged and step and (distribution.high - distribution.low) / step > LARGEST_GRID:
         raise ConfigError(
             f"space[{key!r}] has more than {LARGEST_GRID} values from {distribution.low} to "
             f"{distribution.high} in steps of {step}: take a larger step, or sampler='random' or 'tpe'."
