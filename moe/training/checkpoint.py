@@ -324,9 +324,9 @@ class Checkpointer:
         self, step: int, abstract_state: Mapping[str, PyTree], fresh: Mapping[str, PyTree]
     ) -> tuple[Restored | None, str | None]:
         """The step restored, or why it is not trusted."""
-        # A process that fails inside Orbax's restore leaves the others at its barrier, so with
-        # several of them one reads every byte before any of them goes there.
-        thorough = jax.process_count() > 1 and jax.process_index() == 0
+        # One process reads every byte before any goes to Orbax: a process that fails inside a
+        # restore leaves the others at its barrier, and reads in flight to a closed event loop.
+        thorough = jax.process_index() == 0
         cause = self._catalogue.flaw(step, thorough=thorough)
         if not quarantine.all_agree(cause is None):
             return None, cause or "another process could not read it"

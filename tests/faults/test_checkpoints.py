@@ -140,11 +140,13 @@ def empty(checkpoints: Path) -> None:
 def without_marker(checkpoints: Path) -> None:
     shutil.copytree(checkpoints / "2", checkpoints / "5")
     (checkpoints / "5" / "commit_success.txt").unlink()
+    (checkpoints / "5" / "manifest.json").unlink()
 
 
 def without_marker_of_an_item(checkpoints: Path) -> None:
     shutil.copytree(checkpoints / "2", checkpoints / "5")
     (checkpoints / "5" / "state" / "commit_success.txt").unlink()
+    (checkpoints / "5" / "manifest.json").unlink()
 
 
 def without_files(checkpoints: Path) -> None:
@@ -277,7 +279,7 @@ def test_row_09_flipped_byte_of_a_run(reference, tmp_path):
     with reference.train(workdir) as run:
         ended = run.finish()
     assert ended.code == 0, ended.text
-    assert "the digest of" in (workdir / "quarantine" / "30-1" / "reason.txt").read_text()
+    assert "the bytes of" in (workdir / "quarantine" / "30-1" / "reason.txt").read_text()
     assert_like(reference, workdir)
 
 
