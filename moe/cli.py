@@ -1,6 +1,7 @@
 """From the command line to a checked config, and from an exception to an exit code."""
 
 from collections.abc import Callable, Sequence
+import contextlib
 import os
 import runpy
 import sys
@@ -186,8 +187,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     try:
         code = main(sys.argv) or 0
     except UserError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
         code = error.exit_code
+        with contextlib.suppress(OSError):  # the code is told where the words find no room
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         raise
