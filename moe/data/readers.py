@@ -68,10 +68,10 @@ class Readers:
     def __next__(self) -> Batch:
         if not self._processes:
             raise StopIteration
+        # Not only when its pipe is empty: that may hold batches for many steps. One that tells an
+        # error ends with 0.
         for worker, process in enumerate(self._processes):
-            if (
-                process.poll()
-            ):  # its pipe may still hold batches; one that tells an error ends with 0
+            if process.poll():
                 raise DataError(self._death(worker))
         worker = self._turn % len(self._processes)
         batch = self._take(worker)

@@ -1,11 +1,13 @@
 """Processes that read: the same batches as threads, and ends of all kinds."""
 
+import fcntl
 import itertools
 import os
 from pathlib import Path
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import numpy as np
@@ -48,6 +50,17 @@ def wait_until_gone(found: list[int]) -> None:
         time.sleep(0.05)
 
 
+def wait_until_ahead(batches: TrainBatches) -> None:
+    """Until every reader has written a dozen batches that nobody has taken."""
+    end = time.monotonic() + SECONDS
+    for process in batches.start()._processes:  # type: ignore[attr-defined]
+        written = np.zeros(1, np.int32)
+        while written[0] < 20_000:
+            assert time.monotonic() < end
+            fcntl.ioctl(process.stdout, termios.FIONREAD, written)
+            time.sleep(0.05)
+
+
 def test_any_number_of_processes_gives_the_batches_of_threads(section):
     """From the start, from the middle with another number, for each of two processes of the run."""
     wanted = take(make_data(section(), seed=3).train_batches(), 11)
@@ -69,6 +82,7 @@ def test_a_reader_that_is_killed_is_named_and_takes_the_others_with_it(section):
     found = pids(batches)
     os.kill(found[1], signal.SIGTERM)  # to all processes of a run: readers go on
     take(batches, 2)
+    wait_until_ahead(batches)
     os.kill(found[1], signal.SIGKILL)
     steps = (time.sleep(0.2) or batch for batch in batches)
     with pytest.raises(DataError, match=rf"process 1 .*pid {found[1]}.*SIGKILL.*data\.workers"):
