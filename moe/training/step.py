@@ -113,7 +113,9 @@ def train_step(
     Returns:
         The state after the step, and what was measured before the update.
     """
-    grads, aux = gradients(plan, state, batch, jax.random.fold_in(key, state.step), hyper)
+    found = gradients(plan, state, batch, jax.random.fold_in(key, state.step), hyper)
+    # Gradients are finished before anything reads them: their bits do not depend on what the guards ask.
+    grads, aux = jax.lax.optimization_barrier(found)
     update = partial(
         optimizer_lib.update,
         plan.transformation,
