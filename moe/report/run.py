@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from moe.errors import DataError
 from moe.report import figures, kinds, page, specialisation, summary, triad
 from moe.report.records import Record, Run, read_run, series
 
@@ -48,12 +49,25 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
         The page's path.
 
     Raises:
-        DataError: no metrics.jsonl, or nothing in it that can be read.
+        DataError: no metrics.jsonl, nothing in it that can be read, or records that are not as a run
+            leaves them.
     """
     workdir = Path(workdir)
     run = read_run(workdir)
+    try:
+        text = _page(run)
+    except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise DataError(
+            f"The records in {workdir} are not as train.py and eval.py write them "
+            f"({type(error).__name__}: {error}): no page can be made. Mend or remove the file of eval/ that "
+            "was changed, or evaluate again."
+        ) from error
+    return page.write_page(workdir / "report.html", text)
+
+
+def _page(run: Run) -> str:
     evaluation = _main_evaluation(run)
-    text = page.render(
+    return page.render(
         "run.html",
         title=run.name,
         notices=run.notices,
@@ -67,7 +81,6 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
         sections=_sections(run, evaluation),
         sample=summary.sample(evaluation),
     )
-    return page.write_page(workdir / "report.html", text)
 
 
 def _main_evaluation(run: Run) -> Record:
