@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from jaxtyping import Bool, Float, Int, Num
 import numpy as np
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 from moe.errors import find_row
 from moe.evaluation import retrieval, text_scores
@@ -118,12 +117,16 @@ def _accuracy(evidence: Evidence) -> Interval:
     e = evidence.examples
     hits = np.asarray(e.label) == np.asarray(e.prediction)
     drawn = mean_interval(hits.astype(np.float64))
+    from sklearn.metrics import accuracy_score  # a quarter of the time in which a run starts
+
     return drawn._replace(value=float(accuracy_score(e.label, e.prediction)))
 
 
 def _macro_f1(evidence: Evidence) -> Interval:
     """Mean of F1 over the classes that occur as a label or as a prediction."""
     e = evidence.examples
+    from sklearn.metrics import confusion_matrix, f1_score
+
     value = f1_score(e.label, e.prediction, average="macro", zero_division=0.0)
     table = confusion_matrix(e.label, e.prediction)  # [C C]
     drawn = resampled_cells(table.ravel()).reshape(-1, *table.shape)
