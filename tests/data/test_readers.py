@@ -2,6 +2,7 @@
 
 import fcntl
 import itertools
+import json
 import os
 from pathlib import Path
 import signal
@@ -15,6 +16,7 @@ import pytest
 
 from moe.data.open import make_data
 from moe.data.place import TrainBatches
+from moe.data.tokenizers import byte_tokenizer
 from moe.errors import DataError
 
 SECONDS = 60.0  # for a process to be gone: instants on a quiet machine
@@ -128,3 +130,24 @@ def test_readers_end_with_a_run_that_is_killed(section, when):
         started = time.monotonic()
         wait_until_gone(found)
         assert time.monotonic() - started < SECONDS
+
+
+def test_a_reader_that_hangs_ends_with_its_parent_too(tmp_path):
+    """It opens a pipe that nobody writes to, where no broken pipe would ever tell it."""
+    pipe = tmp_path / "pairs.tsv"
+    os.mkfifo(pipe)
+    section = {"name": "pairs", "files": str(pipe), "directory": str(tmp_path)}
+    job = {"section": section, "options": {"seed": 0, "task": "seq2seq"}, "same": {}}
+    job["tokenizer"] = byte_tokenizer().to_json()
+    command = [sys.executable, "-m", "moe.data.reader"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as reader:
+        assert reader.stdin is not None
+        reader.stdin.write(json.dumps(job).encode() + b"\n")
+        reader.stdin.flush()
+        with pytest.raises(subprocess.TimeoutExpired):
+            reader.wait(5)
+        reader.stdin.close()
+        try:
+            assert reader.wait(SECONDS) == 0
+        finally:
+            reader.kill()
