@@ -15,6 +15,7 @@ import jax
 
 from moe import cli, programs, setup
 from moe.config import ConfigDict
+from moe.data.place import IDENTITY
 from moe.data.router_valid import ROUTER_VALID
 from moe.errors import EXIT_PREEMPTED
 from moe.evaluation.evaluate import Evaluation, EvaluationStopped, best_rule
@@ -31,6 +32,7 @@ from moe.session import (
     Place,
     Session,
     compile_programs,
+    end_if_bad,
     eval_file,
     explained,
     forget,
@@ -62,8 +64,8 @@ flags.DEFINE_string(
 flags.DEFINE_list(
     "allow_change",
     [],
-    "What of the data may differ from the run's checkpoint: seed, fingerprint, weights, "
-    "sequence_length, code. Recorded in history.jsonl.",
+    f"What of the data may differ from the run's checkpoint: {', '.join(IDENTITY)}. Recorded in "
+    "history.jsonl.",
     flag_values=FLAGS,
 )
 distributed.define_flags(FLAGS)
@@ -116,7 +118,8 @@ def train(config: ConfigDict, workdir: Path, how: How) -> int:
                 )
             )
             block = setup.process_block(run.mesh, config.data.batch_size)
-            batches = enter(Patient(run.data.train_batches(*block), lambda: interruption.asked))
+            reader = run.data.train_batches(*block)
+            batches = enter(Patient(reader, lambda: interruption.asked))
             place, changes = restore_or_start(run, checkpointer, batches, workdir, how.allow_change)
             events = history.read(workdir)
             place = past_rewinds(place, batches, events)
@@ -134,6 +137,7 @@ def train(config: ConfigDict, workdir: Path, how: How) -> int:
             stack.callback(progress.close)
             for note in [*setup.notes(config), *setup.data_notes(run.data)]:
                 progress.message(f"note: {note}")
+            reader.start()  # reads ahead while the programs compile
             compiled = compile_programs(run, place.state, progress)
 
         # ---- loop
@@ -183,6 +187,7 @@ def loop(s: Session, place: Place) -> int:
         if is_due(s, step, config.log_every):
             log(s, step, told, clock)
         if is_due(s, step, *milestones) and heeded(s, step, told.guard) == "rewind":
+            del state  # makes room for the one that is restored
             step, state, _ = place = go_back(s, step, told.guard)
         elif finish_step(s, step, state, clock):
             return stopped(s, step)
@@ -203,8 +208,6 @@ def finish_step(s: Session, step: int, state: TrainState, clock: throughput.Cloc
             found = evaluate(s, step, state)
         pending = found is None
     stop = pending or s.interruption.requested()
-    if stop:
-        heeded(s, step, state.guard)
     if stop or is_due(s, step, s.run.config.checkpoint.every):
         with clock.paused(state):
             save(s, step, state, found, pending=pending)
@@ -304,6 +307,7 @@ def save(
     pending: bool = False,
 ) -> None:
     """Starts a checkpoint; `found` is the evaluation of this very state, if there was one."""
+    end_if_bad(s, step, state.guard)
     meta = {
         "config": s.run.config.to_dict(),
         "versions": package_versions(),

@@ -10,6 +10,7 @@ import jax
 
 from moe import programs, setup
 from moe.data import tokenizers
+from moe.data.place import IDENTITY
 from moe.data.tokenizers import Tokenizer
 from moe.errors import DivergedError
 from moe.evaluation.evaluate import EvalStep
@@ -111,7 +112,7 @@ def restore_or_start(
     checkpointer: Checkpointer,
     batches: Patient,
     workdir: Path,
-    allow_change: Collection[str] = (),
+    allow_change: Collection[str],
 ) -> tuple[Place, dict[str, list[Any]]]:
     """The newest checkpoint with its place in the data, or a fresh state at step 0.
 
@@ -170,6 +171,17 @@ def heeded(s: Session, step: int, guard: GuardState) -> rewind.Verdict:
     return verdict
 
 
+def end_if_bad(s: Session, step: int, guard: GuardState) -> None:
+    """Raises DivergedError where so many bad steps came in a row that this state is not to be saved.
+
+    That is all a save out of turn asks: whether spikes lead back is asked at the same steps in a run
+    that is interrupted as in one that is not.
+    """
+    guard, limits = jax.device_get(guard), s.run.config.guards
+    if int(guard.longest_bad) >= limits.bad_steps:
+        raise DivergedError(rewind.why(guard, limits, step, s.checkpointer.latest_step()))
+
+
 def go_back(s: Session, step: int, guard: GuardState) -> Place:
     """To a checkpoint from before the row of spikes and past its batches, as `moe.training.rewind` says."""
     guard, config = jax.device_get(guard), s.run.config
@@ -178,7 +190,8 @@ def go_back(s: Session, step: int, guard: GuardState) -> Place:
     s.checkpointer.retire_after(
         rewind.go_back_to(s.checkpointer.all_steps(), first, config.checkpoint.every)
     )
-    place, _ = restore_or_start(s.run, s.checkpointer, s.batches, s.workdir)
+    # What has changed in the data since then was allowed when it did.
+    place, _ = restore_or_start(s.run, s.checkpointer, s.batches, s.workdir, IDENTITY)
     event = rewind.plan(
         s.events,
         place.step,

@@ -106,10 +106,11 @@ class Patient(Generic[T]):
         return self._batches.set_state(state, *args, **options)
 
     def close(self) -> None:
-        """Ends the thread, unless it hangs: then it is left alone."""
+        """Ends the thread and the reader, unless they hang: then they are left alone."""
         self._asked.put(False)
         if not self._reading:
             self._reader.join()
+            self._batches.close()
 
     def _serve(self) -> None:
         while self._asked.get():

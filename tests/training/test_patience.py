@@ -23,6 +23,10 @@ class Source:
     def __init__(self, length: int = 100, bad: int | None = None, gate: int | None = None):
         self.place, self._length, self._bad, self._gate = 0, length, bad, gate
         self.open = threading.Event()
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
 
     def __next__(self) -> int:
         self.place += 1  # before the wait, as an iterator may
@@ -47,7 +51,8 @@ def never() -> bool:
 
 
 def test_batches_and_places_are_those_of_the_source():
-    with Patient(Source(length=3), never) as batches:
+    source = Source(length=3)
+    with Patient(source, never) as batches:
         assert batches.get_state() == {"next": 0}
         assert next(batches) == 1
         time.sleep(0.05)  # time to read ahead, if it did
@@ -57,6 +62,7 @@ def test_batches_and_places_are_those_of_the_source():
         with pytest.raises(StopIteration):
             next(batches)
     assert "batches" not in [thread.name for thread in threading.enumerate()]
+    assert source.closed
 
 
 def test_a_stop_is_noticed_while_a_read_hangs_and_the_place_is_before_it():
