@@ -122,6 +122,9 @@ def host_calls() -> dict[str, Timed]:
         def __next__(self) -> int:
             return 0
 
+        def close(self) -> None:
+            """Nothing is open."""
+
         def get_state(self) -> dict[str, Any]:
             return {}
 
@@ -153,52 +156,53 @@ def each(call: Callable[[], object]) -> float:
 
 
 def save_rows(repeats: int, megabytes: int = MEGABYTES) -> list[Row]:
-    """A save from its start until all of it is on disk, and until the step may go on."""
+    """A save until the step may go on, until all of it is on disk, and until its files are hashed.
+
+    The bound is on the second. A thread hashes the files for the manifest afterwards, beside the
+    steps that follow; only the next save and the end of the run wait for it.
+    """
     keys = jax.random.split(jax.random.key(0), max(1, megabytes // LEAF))
     size = (256 * LEAF, 1024)  # float32
     state = {"params": {str(i): jax.random.normal(key, size) for i, key in enumerate(keys)}}
     jax.block_until_ready(state)
-    stalls: dict[str, list[float]] = {"verified": [], "plain": []}
+    took: dict[str, list[tuple[float, float, float]]] = {"verified": [], "plain": []}
 
-    def verified(folder: Path) -> Callable[[], None]:
+    def verified(folder: Path) -> tuple[float, float, float]:
         checkpointer = Checkpointer(folder)
-        stalls["verified"].append(seconds(lambda: checkpointer.save(1, state, {}, {})))
-        return checkpointer.close
+        started = time.perf_counter()
+        checkpointer.save(1, state, {}, {})
+        going_on = time.perf_counter()
+        checkpointer.wait()
+        on_disk = time.perf_counter()
+        checkpointer.close()
+        return going_on - started, on_disk - started, time.perf_counter() - started
 
-    def plain(folder: Path) -> Callable[[], None]:
+    def plain(folder: Path) -> tuple[float, float, float]:
         store = Store(folder, read_only=False)
-        stalls["plain"].append(seconds(lambda: store.start(1, state, {}, {}, {})))
+        started = time.perf_counter()
+        store.start(1, state, {}, {}, {})
+        going_on = time.perf_counter()
+        store.wait(1)
+        on_disk = time.perf_counter()
+        store.close()
+        return going_on - started, on_disk - started, time.perf_counter() - started
 
-        def close() -> None:
-            store.wait(1)
-            store.close()
-
-        return close
-
-    def whole(save: Callable[[Path], Callable[[], None]], name: str) -> Timed:
+    def whole(save: Callable[[Path], tuple[float, float, float]], name: str) -> Timed:
         def run() -> float:
             with tempfile.TemporaryDirectory() as folder:
-                close = save(Path(folder) / "checkpoints")
-                return stalls[name][-1] + seconds(close)
+                took[name].append(save(Path(folder) / "checkpoints"))
+                return took[name][-1][1]
 
         return run
 
-    took = interleave(
-        {"verified": whole(verified, "verified"), "plain": whole(plain, "plain")}, repeats
-    )
-    stall = {name: values[1:] for name, values in stalls.items()}  # as `interleave` drops the first
+    interleave({"verified": whole(verified, "verified"), "plain": whole(plain, "plain")}, repeats)
+    rounds = {name: list(zip(*values[1:], strict=True)) for name, values in took.items()}
     name = f"save of {megabytes} MB"
+    told = ((f"{name}, until the run goes on", None), (f"{name}, on disk, verified / plain", SAVE))
     return [
-        times(f"{name}, verified / plain", took["verified"], took["plain"], SAVE),
-        times(f"{name}, until the run goes on", stall["verified"], stall["plain"]),
+        times(text, list(rounds["verified"][i]), list(rounds["plain"][i]), bound)
+        for i, (text, bound) in enumerate((*told, (f"{name}, closed, with its manifest", None)))
     ]
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """Of one call."""
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def main(argv: list[str]) -> int:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
+import numpy as np
 
 from moe.routing.types import Scalar
 
@@ -38,9 +39,9 @@ def fresh(window: int = WINDOW) -> GuardState:
     """
 
     def zero() -> Int[Array, ""]:
-        return jnp.zeros((), jnp.int32)
+        return jnp.asarray(np.zeros((), np.int32))  # nothing compiles
 
-    losses = jnp.zeros(window, jnp.float32)
+    losses = jnp.asarray(np.zeros(window, np.float32))
     return GuardState(zero(), zero(), zero(), zero(), losses, zero())
 
 

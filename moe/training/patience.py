@@ -28,6 +28,10 @@ class Batches(Protocol[T_co]):
         """Goes to a place."""
         ...
 
+    def close(self) -> None:
+        """Ends what reads ahead."""
+        ...
+
 
 class Interrupted(Exception):
     """The run was asked to stop while it waited for a batch; no batch was handed out."""
