@@ -81,7 +81,8 @@ def purpose(each: Collective, expert_axes: tuple[str, ...]) -> str:
         return "exchange"
     if axes == {TENSOR} or (SEQUENCE in axes and source.startswith("moe/model/attention")):
         return "activations"
-    if each.kind == "all-reduce" and source.startswith(STATISTICS):
+    # Sums of the backward pass are gradients, whichever line of the step they are made for.
+    if each.kind == "all-reduce" and source.startswith(STATISTICS) and each.phase != "backward":
         return "statistics"
     return "parameters and gradients"
 

@@ -39,9 +39,9 @@ def fresh(window: int = WINDOW) -> GuardState:
     """
 
     def zero() -> Int[Array, ""]:
-        return jnp.asarray(np.zeros((), np.int32))  # nothing compiles
+        return jax.device_put(np.zeros((), np.int32))  # compiles nothing, as jnp.zeros would
 
-    losses = jnp.asarray(np.zeros(window, np.float32))
+    losses = jax.device_put(np.zeros(window, np.float32))
     return GuardState(zero(), zero(), zero(), zero(), losses, zero())
 
 
