@@ -145,7 +145,9 @@ def test_killed_and_started_again_is_the_same_run(flags, workdir, cache):
     assert records(again) == records(workdir), "bit for bit"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT]
+)
 def test_a_signal_saves_and_exits_75(flags, workdir, number):
     """A real signal in the middle of a step; the same command then makes the same run."""
     again = workdir.parent / f"stopped{int(number)}"

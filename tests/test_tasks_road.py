@@ -68,7 +68,10 @@ def many_rows(monkeypatch):
     monkeypatch.setattr(tiny, "COUNT", 9)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task",
+    [pytest.param(task, marks=pytest.mark.slow) if task == "classify" else task for task in TASKS],
+)
 def test_any_mesh_gives_the_same(task, tmp_path):
     one, two = (outcome(task, tmp_path, mesh) for mesh in MESHES)
     np.testing.assert_allclose(two[0], one[0], rtol=1e-5)

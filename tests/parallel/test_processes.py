@@ -92,6 +92,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_any_number_of_processes(tmp_path):
     """Trained by two, one and two processes and evaluated by two under Slurm, beside one process."""
     entry.tiny_text(tmp_path)

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -354,33 +353,3 @@ def test_the_last_save_survives_an_uncaught_error(tmp_path):
     with Checkpointer(tmp_path, read_only=True) as checkpoints:
         restored = checkpoints.restore("latest", target)
     np.testing.assert_array_equal(restored.state["w"], np.arange(2**22, dtype=np.float32))
-
-
-def test_sigkill_while_saving_leaves_the_step_before(tmp_path):
-    child = run_child(
-        """
-        import sys
-        import jax.numpy as jnp
-        from moe.training.checkpoint import Checkpointer
-        state = {"w": jnp.arange(2**24, dtype=jnp.float32)}
-        checkpoints = Checkpointer(sys.argv[1])
-        checkpoints.save(1, state, {"next": 1}, {})
-        checkpoints.wait()
-        checkpoints.save(2, state, {"next": 2}, {})
-        print("saving", flush=True)
-        sys.stdin.read()
-        """,
-        tmp_path,
-        stdin=subprocess.PIPE,
-    )
-    with child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "saving\n"
-        child.send_signal(signal.SIGKILL)
-    assert list(tmp_path.glob("2.orbax-checkpoint-tmp*")), "the kill came after the save"
-    target = {"w": jax.ShapeDtypeStruct((2**24,), jnp.float32, sharding=sharding(1))}
-    with Checkpointer(tmp_path) as checkpoints:
-        restored = checkpoints.restore("latest", target)
-    assert restored.step == 1
-    assert restored.data_state == {"next": 1}
-    assert not list(tmp_path.glob("*tmp*"))
