@@ -44,7 +44,7 @@ from moe.session import (
     write_start,
 )
 from moe.setup import Run
-from moe.training import history, resources, throughput, watchdog
+from moe.training import history, throughput, watchdog
 from moe.training.checkpoint import Checkpointer
 from moe.training.collapse import Watch
 from moe.training.interruption import Interruption
@@ -126,7 +126,6 @@ def train(config: ConfigDict, workdir: Path, how: How) -> int:
             if place.step >= config.steps and not place.pending:
                 print(f"{workdir} is done: it stands at step {place.step} of steps={config.steps}.")
                 return 0
-            resources.check_disk(workdir, resources.state_bytes(place.state))
 
             # ---- outputs
             recorder = enter(Recorder(workdir, primary=primary))

@@ -124,6 +124,8 @@ def restore_or_start(
         template._asdict(),
         fresh={"guard": jax.device_put(guards.fresh(window), run.shardings.guard)},
     )
+    if restored is None or restored.step < run.config.steps:
+        resources.check_disk(workdir, resources.state_bytes(template))
     if restored is None:
         make = jax.jit(
             lambda key: initialize(run.spec, run.transformation, key, window),
