@@ -288,8 +288,8 @@ def test_row_10_what_is_no_checkpoint_does_not_stop_a_run(reference, tmp_path):
     workdir = reference.until(30, tmp_path / "run")
     empty(workdir / "checkpoints")
     (workdir / "checkpoints" / "5").rename(workdir / "checkpoints" / "35")
-    of_another_program(workdir / "checkpoints")
-    (workdir / "checkpoints" / "5").rename(workdir / "checkpoints" / "37")
+    of_another_program(tmp_path / "other")
+    (tmp_path / "other" / "5").rename(workdir / "checkpoints" / "37")
     (workdir / "checkpoints" / "40.orbax-checkpoint-tmp").mkdir()
     with reference.train(workdir) as run:
         ended = run.finish()

@@ -212,7 +212,7 @@ def long_text(tmp_path_factory) -> list[str]:
 def test_row_22_out_of_memory_on_the_device(reference, long_text, tmp_path):
     """64 heads x 8,192^2 scores a row: XLA is refused; what a row needs and what to change is said."""
     workdir = tmp_path / "run"
-    large = ["--config.model.heads=64", "--config.model.head_dim=2"]
+    large = ["--config.model.heads=64", "--config.model.head_dim=2", "--config.data.batch_size=16"]
     with reference.train(workdir, *long_text, *large) as child:
         _, hard = resource.prlimit(child.pid, resource.RLIMIT_AS)
         resource.prlimit(child.pid, resource.RLIMIT_AS, (16 * 2**30, hard))
