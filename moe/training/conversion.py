@@ -7,6 +7,7 @@ bit for bit or an error.
 from collections.abc import Mapping
 import json
 from pathlib import Path
+import shutil
 from typing import Any
 
 import jax
@@ -77,6 +78,8 @@ def to_safetensors(directory: Path, step: int, folder: Path, *, everything: bool
         folder.mkdir(parents=True, exist_ok=True)
         save_file(arrays, folder / ARRAYS_FILE)
         write_atomically(folder / RECORD_FILE, json.dumps(sign(content), indent=1) + "\n")
+        # The library makes its file for this user alone, whatever the umask says.
+        shutil.copymode(folder / RECORD_FILE, folder / ARRAYS_FILE)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder} could not be written: {error}.") from error
 

@@ -186,6 +186,10 @@ def test_a_round_trip_through_safetensors_is_bit_for_bit(full, tmp_path):
 def test_the_arrays_are_what_their_names_say(full, tmp_path):
     workdir, state = full
     assert run("convert", workdir, f"--to={tmp_path / 'out'}")[0] == 0
+    modes = {
+        (tmp_path / "out" / name).stat().st_mode for name in ("model.safetensors", "record.json")
+    }
+    assert len(modes) == 1, "whoever may read one may read the other"
     arrays = load_file(tmp_path / "out" / "model.safetensors")
     assert sorted(arrays) == ["params.experts.up", "params.scale", "router.bias"]
     assert arrays["params.scale"].dtype == jnp.bfloat16
