@@ -43,8 +43,9 @@ def test_calls_beside_a_step_are_told_in_microseconds(monkeypatch):
 
 
 def test_a_save_is_compared_with_plain_orbax():
-    whole, stall = guards.save_rows(2, 4)
-    assert (whole.bound, stall.bound) == (1.10, None)
-    assert [len(row.above) for row in (whole, stall)] == [2, 2]
-    assert all(t > s > 0 for t, s in zip(whole.above, stall.above, strict=True))
-    assert all(t > s > 0 for t, s in zip(whole.below, stall.below, strict=True))
+    stall, whole, closed = guards.save_rows(2, 4)
+    assert (stall.bound, whole.bound, closed.bound) == (None, 1.10, None)
+    assert [len(row.above) for row in (stall, whole, closed)] == [2, 2, 2]
+    for side in ("above", "below"):
+        times = zip(*(getattr(row, side) for row in (stall, whole, closed)), strict=True)
+        assert all(0 < going_on < on_disk <= end for going_on, on_disk, end in times)
