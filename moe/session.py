@@ -169,7 +169,7 @@ def heeded(s: Session, step: int, guard: GuardState) -> rewind.Verdict:
     guard, limits = jax.device_get(guard), s.run.config.guards
     verdict = rewind.verdict(guard, limits, s.events)
     if verdict == "end":
-        raise DivergedError(rewind.why(guard, limits, step, s.checkpointer.latest_step()))
+        raise _diverged(s, step, guard)
     return verdict
 
 
@@ -179,9 +179,14 @@ def end_if_bad(s: Session, step: int, guard: GuardState) -> None:
     That is all a save out of turn asks: whether spikes lead back is asked at the same steps in a run
     that is interrupted as in one that is not.
     """
-    guard, limits = jax.device_get(guard), s.run.config.guards
-    if int(guard.longest_bad) >= limits.bad_steps:
-        raise DivergedError(rewind.why(guard, limits, step, s.checkpointer.latest_step()))
+    guard = jax.device_get(guard)
+    if rewind.is_beyond(guard, s.run.config.guards):
+        raise _diverged(s, step, guard)
+
+
+def _diverged(s: Session, step: int, guard: GuardState) -> DivergedError:
+    newest = s.checkpointer.latest_step()
+    return DivergedError(rewind.why(guard, s.run.config.guards, step, newest))
 
 
 def go_back(s: Session, step: int, guard: GuardState) -> Place:

@@ -46,11 +46,21 @@ def verdict(guard: GuardState, limits: ConfigDict, events: Events = ()) -> Verdi
         limits: `config.guards`.
         events: of `history.jsonl`, whose rewinds count against `limits.rewinds`.
     """
-    if int(guard.longest_bad) >= limits.bad_steps:
+    if is_beyond(guard, limits):
         return "end"
     if int(guard.spikes_in_a_row) < limits.spikes:
         return "go_on"
     return "rewind" if len(rewinds(events)) < limits.rewinds else "end"
+
+
+def is_beyond(guard: GuardState, limits: ConfigDict) -> bool:
+    """Whether so many steps in a row were not finite that nothing may be saved any more.
+
+    Args:
+        guard: after the step.
+        limits: `config.guards`.
+    """
+    return int(guard.longest_bad) >= limits.bad_steps
 
 
 def why(guard: GuardState, limits: ConfigDict, step: int, newest: int | None) -> str:
@@ -62,10 +72,9 @@ def why(guard: GuardState, limits: ConfigDict, step: int, newest: int | None) ->
         step: at which the run ends.
         newest: step of the newest checkpoint; None if there is none.
     """
-    bad = int(guard.longest_bad)
-    if bad >= limits.bad_steps:
+    if is_beyond(guard, limits):
         cause = (
-            f"the loss, the gradients or the update were not finite in {bad} steps in a row "
+            f"the loss, the gradients or the update were not finite in {int(guard.longest_bad)} steps in a row "
             f"(guards.bad_steps={limits.bad_steps})"
         )
     else:
