@@ -188,12 +188,14 @@ def _open(path: Path) -> TokenStore:
             for split, of_split in meta["counts"].items()
         }
         store = TokenStore(tuple(meta["domains"]), splits, counts, meta["fingerprint"])
+        documents = {
+            split: sum(count.documents for count in counts[split].values()) for split in splits
+        }
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, repr(error)) from error
     for split, tokens in splits.items():
         sizes = (len(tokens.ids), len(tokens.starts), len(tokens.domain))
-        documents = sum(count.documents for count in counts[split].values())
-        if sizes != (tokens.starts[-1] + 1, documents + 1, documents):
+        if sizes != (tokens.starts[-1] + 1, documents[split] + 1, documents[split]):
             raise damaged(path, f"the sizes of {split} are {sizes}")
     return store
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from moe.data import store, tokenizers
+from moe.data import cache, store, tokenizers
 from moe.data.examples import open_examples
 from moe.data.features import find_fields
 from moe.data.sources.files import files_source
@@ -83,6 +83,19 @@ def damaged(path, examples, opened):
         file.write_bytes(original)
 
 
+def changed(folder, examples, opened):
+    """The list of a folder's files, with checksums that hold: what it says has to be looked at."""
+    (path,) = folder.glob("*/meta.json")
+    original = json.loads(path.read_text())
+
+    def holds(value):
+        path.write_text(json.dumps(value))
+        cache.write_sums(path.parent)
+        opened()
+
+    check(examples, holds, mutated_json(original))
+
+
 @sizes(20)
 def test_token_files(tmp_path, examples):
     def opened():
@@ -102,14 +115,7 @@ def test_the_list_of_token_files(tmp_path, examples):
         return store.open_tokens(text_source(), tmp_path, tokenizers.byte_tokenizer())
 
     opened()
-    (path,) = tmp_path.glob("tokens/*/meta.json")
-    original = json.loads(path.read_text())
-
-    def holds(value):
-        path.write_text(json.dumps(value))
-        opened()
-
-    check(examples, holds, mutated_json(original))
+    changed(tmp_path / "tokens", examples, opened)
 
 
 @sizes(20)
@@ -141,14 +147,7 @@ def test_the_list_of_encoded_examples(tmp_path, examples):
                 field[0].sum()
 
     opened()
-    (path,) = tmp_path.glob("examples/*/meta.json")
-    original = json.loads(path.read_text())
-
-    def holds(value):
-        path.write_text(json.dumps(value))
-        opened()
-
-    check(examples, holds, mutated_json(original))
+    changed(tmp_path / "examples", examples, opened)
 
 
 # ---- the user's own text
