@@ -370,6 +370,10 @@ class Checkpointer:
                 raise TypeError(f"abstract_state: {name} has no sharding.")
 
     def _not_saved(self, step: int, error: Exception, needed: int) -> UserError:
-        self._finisher.clean()  # the bytes of a save that failed are in the way of the next
         earlier = self._catalogue.steps
-        return save_error(self.directory, step, error, needed=needed, earlier=earlier)
+        failure = save_error(self.directory, step, error, needed=needed, earlier=earlier)
+        try:
+            self._finisher.clean()  # the bytes of a save that failed are in the way of the next
+        except CheckpointError as leftover:
+            failure.add_note(str(leftover))
+        return failure

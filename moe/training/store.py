@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+import threading
+import time
 from typing import Any
 
 import jax
@@ -9,6 +11,7 @@ from jaxtyping import PyTree
 import orbax.checkpoint as ocp
 
 _SAVE_TIMEOUT_SECONDS = 600
+_LEFT_BEHIND_SECONDS = 60.0  # given to what a failed save left running
 ITEMS = ("state", "data", "meta")
 
 
@@ -22,50 +25,41 @@ class Store:
 
     def __init__(self, directory: Path, *, read_only: bool):
         self._directory = directory
-        self._manager = ocp.CheckpointManager(
-            directory,
-            options=ocp.CheckpointManagerOptions(
-                create=not read_only,
-                # Orbax takes for a leftover what only has such a name, and a step that is being
-                # deleted when the process is killed stays in part; the caller does both.
-                cleanup_tmp_directories=False,
-                step_name_format=_OnlyNames(),
-                async_options=ocp.AsyncOptions(
-                    timeout_secs=_SAVE_TIMEOUT_SECONDS,
-                    # Creating them in the background can hang the interpreter's exit when a
-                    # save raises.
-                    create_directories_asynchronously=False,
-                ),
-            ),
-            item_names=ITEMS,
-            item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True),
-                "data": ocp.JsonCheckpointHandler(),
-                "meta": ocp.JsonCheckpointHandler(),
-            },
-        )
+        self._read_only = read_only
+        self._threads_before: set[threading.Thread] = set()
+        self._manager: ocp.CheckpointManager | None = self._open()
 
     def start(self, step: int, state: PyTree, data: dict, meta: dict, record: dict) -> None:
         """Starts a save; returns when the arrays are copied from the devices."""
-        self._manager.reload()
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state),
-                data=ocp.args.JsonSave(data),
-                meta=ocp.args.JsonSave(meta),
-            ),
-            custom_metadata=record,
-            force=True,  # Orbax's own interval skips steps after a rollback
-        )
+        manager = self._opened()
+        self._threads_before = set(threading.enumerate())
+        try:
+            manager.reload()
+            manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(state),
+                    data=ocp.args.JsonSave(data),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+                custom_metadata=record,
+                force=True,  # Orbax's own interval skips steps after a rollback
+            )
+        except Exception:
+            self._abandon()
+            raise
 
     def is_writing(self) -> bool:
         """Whether a save goes on in the background."""
-        return self._manager.is_saving_in_progress()
+        return self._manager is not None and self._manager.is_saving_in_progress()
 
     def wait(self, step: int) -> None:
         """Blocks until the save of `step` is on disk; raises what stopped it."""
-        self._manager.wait_until_finished()
+        try:
+            self._opened().wait_until_finished()
+        except Exception:
+            self._abandon()
+            raise
         if not (self._directory / str(step)).is_dir():
             raise OSError("the finished directory is missing")
 
@@ -87,11 +81,53 @@ class Store:
                 restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
                 partial_restore=partial,
             )
-        return dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
+        return dict(self._opened().restore(step, args=ocp.args.Composite(**items)).items())
 
     def close(self) -> None:
         """Ends Orbax's threads."""
-        self._manager.close()
+        if self._manager is not None:
+            self._manager.close()
+
+    def _opened(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            self._manager = self._open()
+        return self._manager
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                create=not self._read_only,
+                # Orbax takes for a leftover what only has such a name, and a step that is being
+                # deleted when the process is killed stays in part; the caller does both.
+                cleanup_tmp_directories=False,
+                step_name_format=_OnlyNames(),
+                async_options=ocp.AsyncOptions(
+                    timeout_secs=_SAVE_TIMEOUT_SECONDS,
+                    # Creating them in the background can hang the interpreter's exit when a
+                    # save raises.
+                    create_directories_asynchronously=False,
+                ),
+            ),
+            item_names=ITEMS,
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True),
+                "data": ocp.JsonCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def _abandon(self) -> None:
+        """Waits for the threads of a save that failed and forgets the manager they belong to.
+
+        Orbax raises the first error while other writers of the same save go on: they would fill the
+        folder that is deleted next, and raise their own errors out of the save after it.
+        """
+        self._manager = None
+        deadline = time.monotonic() + _LEFT_BEHIND_SECONDS
+        for thread in set(threading.enumerate()) - self._threads_before:
+            if thread.name == "async_save" or type(thread).__module__.startswith("orbax."):
+                thread.join(max(0.0, deadline - time.monotonic()))
 
 
 class _OnlyNames(ocp.path.step.NameFormat):

@@ -1,6 +1,7 @@
 """Checkpoints on real files: any mesh, any fault that can be made here."""
 
 import contextlib
+import errno
 import json
 from pathlib import Path
 import resource
@@ -8,15 +9,18 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from moe.errors import CheckpointError, ConfigError, DivergedError, ResourceError
+from moe.training import step_folder
 from moe.training.checkpoint import Checkpointer
 from moe.training.digest import digest, summaries
 from tests.training.tiny_checkpoints import (
@@ -200,6 +204,44 @@ def test_a_failed_save_is_reported_and_the_next_one_works(tmp_path):
             checkpoints.save(4, state, DATA, META)
             with pytest.raises(ResourceError, match=r"Checkpoint 4 was not saved"):
                 checkpoints.close()
+
+
+def test_a_failed_save_leaves_no_writer_behind(tmp_path, monkeypatch):
+    """Orbax raises its first error while other writers go on, and as late as in the next save."""
+    state = {"w": jax.random.normal(jax.random.key(0), (2**10,))}
+    leftover = tmp_path / "1.orbax-checkpoint-tmp"
+
+    def write_on() -> None:
+        for i in range(20):
+            leftover.mkdir(exist_ok=True)
+            (leftover / str(i)).touch()
+            time.sleep(0.02)
+
+    def fail(manager: ocp.CheckpointManager, *args: object, **kwargs: object) -> None:
+        threading.Thread(target=write_on, name="async_save").start()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Checkpointer(tmp_path) as checkpoints:
+        with monkeypatch.context() as patched:
+            patched.setattr(ocp.CheckpointManager, "save", fail)
+            with pytest.raises(ResourceError, match="Checkpoint 1 was not saved"):
+                checkpoints.save(1, state, DATA, META)
+        assert not leftover.exists()
+        assert not [t for t in threading.enumerate() if t.name == "async_save"]
+        assert checkpoints.save(1, state, DATA, META)
+        assert checkpoints.all_steps() == [1]
+
+
+def test_what_a_failed_save_left_is_a_note_to_its_cause(tmp_path, monkeypatch):
+    def cannot(directory: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(directory))
+
+    with Checkpointer(tmp_path) as checkpoints, full_disk():
+        checkpoints.save(1, {"w": jax.random.normal(jax.random.key(0), (2**18,))}, DATA, META)
+        monkeypatch.setattr(step_folder, "clean", cannot)
+        with pytest.raises(ResourceError, match="Checkpoint 1 was not saved") as caught:
+            checkpoints.wait()
+    assert "cannot be removed" in caught.value.__notes__[0]
 
 
 def save_and_fail(directory: Path) -> None:
