@@ -189,7 +189,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except UserError as error:
         code = error.exit_code
         with contextlib.suppress(OSError):  # the code is told where the words find no room
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+            told = [f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())]
+            print(*told, sep="\n", file=sys.stderr)  # noqa: T201
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         raise
