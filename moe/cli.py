@@ -15,6 +15,7 @@ import ml_collections
 from moe import config as config_lib
 from moe.config import ConfigDict
 from moe.config_rules import check_numbers
+from moe.config_values import apply_override, check_known_keys, check_type
 from moe.errors import ConfigError, UserError
 from moe.model.attention_table import find_attention
 from moe.parallel import distributed
@@ -68,14 +69,14 @@ def complete_config(config: ConfigDict, overrides: Sequence[tuple[str, str]] = (
     if isinstance(model, dict) and isinstance(model.get("pattern"), list):  # as JSON gives it back
         model["pattern"] = tuple(model["pattern"])
     config = ConfigDict(sections)
-    config_lib.check_known_keys(
+    check_known_keys(
         config,
         config_lib.default_config(),
         free=(*NAMED, "data.files", "data.weights", "evaluation.generalisation"),
     )
     _fill_missing(config, config_lib.default_config())
     for section in NAMED:
-        config_lib.check_type(f"{section}.name", config[section].get("name"), "")
+        check_type(f"{section}.name", config[section].get("name"), "")
     for key, text in overrides:
         section, _, last = key.partition(".")
         if section in NAMED and last == "name":
@@ -84,7 +85,7 @@ def complete_config(config: ConfigDict, overrides: Sequence[tuple[str, str]] = (
         _fill(config, section)
     config.lock()
     for key, text in overrides:
-        config_lib.apply_override(config, key, text)
+        apply_override(config, key, text)
     check_numbers(config)
     return config
 
@@ -130,7 +131,7 @@ def _fill(config: ConfigDict, section: str) -> None:
     known = {"name": "", **NAMED[section][0](given["name"])}
     for key in given:
         if key in known:
-            config_lib.check_type(f"{section}.{key}", given[key], known[key])
+            check_type(f"{section}.{key}", given[key], known[key])
         else:
             raise ConfigError(
                 f"{section}.{key}={given[key]!r}: {section} {given['name']!r} has no such option; "

@@ -21,6 +21,7 @@ from optuna.distributions import (
 
 from moe import cli
 from moe import config as config_lib
+from moe.config_values import apply_override
 from moe.errors import ConfigError
 from moe.sweep.space import DIRECTIONS, PRUNERS, SAMPLERS, Sweep, grid_values, to_text
 
@@ -224,7 +225,7 @@ def _try_on_any(configs: Sequence[config_lib.ConfigDict], key: str, text: str) -
     refused = None
     for config in configs:
         try:
-            config_lib.apply_override(copy.deepcopy(config), key, text)
+            apply_override(copy.deepcopy(config), key, text)
         except ConfigError as error:
             refused = error
         else:

@@ -43,11 +43,6 @@ class Ablations(NamedTuple):
 AblationStep = Callable[[Any, Any, Batch, Key[Array, ""]], Ablations]
 
 
-def has_prior(spec: ModelSpec) -> bool:
-    """Whether the state of the model's router has a prior over experts."""
-    return spec.sparse_layers > 0 and spec.router.name in routers_with_prior()
-
-
 @functools.cache
 def routers_with_prior() -> tuple[str, ...]:
     """Names of the routers whose state has a prior over experts."""

@@ -9,6 +9,7 @@ import pytest
 
 from moe import cli, config
 from moe.config import ConfigDict
+from moe.config_values import OPTIONAL, apply_override
 from moe.data.corrupt import corrupt
 from moe.data.example_data import _corruption
 from moe.errors import ConfigError, UserError
@@ -68,7 +69,7 @@ texts = (
     | st.text("[](){}'\",:0123456789eE.-+jb \\\n", max_size=40)
 )
 keys = (
-    st.sampled_from([*KEYS, *SECTIONS, *config.OPTIONAL, "router.name", "attention.name"])
+    st.sampled_from([*KEYS, *SECTIONS, *OPTIONAL, "router.name", "attention.name"])
     | st.text(max_size=10)
     | st.sampled_from(
         [".", "..", "", "seed.x", "model.", ".seed", "data.files.a", "__class__", "a" * 5000]
@@ -92,7 +93,7 @@ def test_overrides(examples):
 @sizes(1000)
 def test_one_override(examples):
     def holds(pair):
-        config.apply_override(ConfigDict(complete()), *pair)
+        apply_override(ConfigDict(complete()), *pair)
 
     check(examples, holds, st.tuples(keys, texts))
 
@@ -102,7 +103,7 @@ def test_one_override(examples):
 def test_literals_that_a_parser_chokes_on(key, text):
     # Not by hypothesis, which raises the limit of recursion.
     with contextlib.suppress(UserError):
-        config.apply_override(ConfigDict(complete()), key, text)
+        apply_override(ConfigDict(complete()), key, text)
 
 
 @sizes(500)
