@@ -3,7 +3,7 @@
 from jaxtyping import Float32, UInt8
 import numpy as np
 
-from moe.errors import ConfigError, DataError
+from moe.errors import ConfigError
 
 
 def patches(
@@ -46,18 +46,3 @@ def num_patches(shape: tuple[int, ...], patch: int, stride: int) -> int:
                 "and not negative."
             )
     return ((height - patch) // stride + 1) * ((width - patch) // stride + 1)
-
-
-def check_size(shape: tuple[int, ...], expected: tuple[int, ...], where: str) -> None:
-    """Raises DataError where a picture has not the size of the others.
-
-    Args:
-        shape: of the picture.
-        expected: of all of them.
-        where: the record, for the message.
-    """
-    if tuple(shape) != tuple(expected):
-        raise DataError(
-            f"{where} is a picture of {shape}, and all must be of {expected}: resize them to one size "
-            "when you prepare the data set."
-        )
