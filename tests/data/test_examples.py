@@ -99,6 +99,21 @@ def test_rows_of_pictures(tmp_path):
     assert row.targets[row.scored].tolist() == [*b"dark", B]
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_pictures_of_several_sizes_are_refused(tmp_path, split):
+    even, odd = tiny.pictures(side=8), tiny.pictures(side=12)
+
+    def rows(name):
+        other = odd if name == split else even
+        for i, (a, b) in enumerate(zip(even.read(name), other.read(name), strict=True)):
+            yield b if i == 1 else a
+
+    image = tfds.features.Image(shape=(None, None, 1))
+    mixed = even._replace(features=even.features | {"image": image}, read=rows)
+    with pytest.raises(DataError, match=rf"The pictures of {split} have several sizes: resize"):
+        opened(mixed, tmp_path, "classify", sequence_length=4, patch=4)
+
+
 def test_rows_of_sound(tmp_path):
     data = opened(
         tiny.sounds(), tmp_path, "ctc", tokenizer="characters", sequence_length=10, mels=8
