@@ -222,7 +222,7 @@ def test_a_kill_between_save_and_manifest_is_made_good_at_the_next_start(run):
 
 def test_a_manifest_lists_every_file(run):
     folder = run / "checkpoints" / "3"
-    listed = manifest.read(folder)
+    found = manifest.read(folder)
     there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-    assert listed is not None
-    assert set(listed) == there - {manifest.MANIFEST_FILE}
+    assert found is not None
+    assert set(found[1]) == there - {manifest.MANIFEST_FILE}
