@@ -2,7 +2,9 @@
 
 A fault is `kind@step`, `kind@first-last`, with `:value` where it takes one. Nothing of the program
 knows of this: functions that `train` calls are wrapped before it starts. `SAVING n` is printed when the
-save of step n begins.
+save of step n begins. With `tell` a process says what its runs on other devices must have in common:
+`ROWS n i:checksum ...` of the rows of step n that are on its devices, `STATE saved n checksum` and
+`STATE loaded n checksum` of all numbers.
 """
 
 from collections.abc import Callable
@@ -11,8 +13,10 @@ import math
 import sys
 import time
 from typing import Any, NamedTuple
+import zlib
 
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 
 from moe import cli, programs, setup
@@ -32,7 +36,7 @@ class Fault(NamedTuple):
 
 def parse(text: str) -> Fault:
     kind, _, rest = text.partition("@")
-    steps, _, value = rest.partition(":")
+    steps, _, value = (rest or "0").partition(":")
     first, _, last = steps.partition("-")
     return Fault(kind, int(first), int(last or first), float(value or 0))
 
@@ -177,6 +181,55 @@ def wrap_save() -> None:
     train.save = announced
 
 
+def wrap_telling() -> None:
+    compile_step, restore, save = programs.compile_train_step, train.restore_or_start, train.save
+
+    def compiled(run: Any, state: Any) -> Any:
+        step_of = compile_step(run, state)
+
+        def step(state: Any, batch: Any, *rest: Any) -> Any:
+            tell(f"ROWS {int(state.step) + 1} {rows_here(batch)}")
+            return step_of(state, batch, *rest)
+
+        return step
+
+    def restored(*arguments: Any) -> Any:
+        place, changes = restore(*arguments)
+        tell(f"STATE loaded {place.step} {checksum(place.state)}")
+        return place, changes
+
+    def saving(session: Any, step: int, state: Any, *rest: Any, **named: Any) -> Any:
+        tell(f"STATE saved {step} {checksum(state)}")
+        return save(session, step, state, *rest, **named)
+
+    programs.compile_train_step, train.restore_or_start, train.save = compiled, restored, saving
+
+
+def rows_here(batch: Any) -> str:
+    """The rows on devices of this process, by their number in the batch of all."""
+    found = {}
+    shards = (batch.tokens.addressable_shards, batch.targets.addressable_shards)
+    for tokens, targets in zip(*shards, strict=True):
+        first = tokens.index[0].start or 0
+        rows = zip(np.asarray(tokens.data), np.asarray(targets.data), strict=True)
+        for number, row in enumerate(rows, start=first):
+            found[number] = zlib.crc32(b"".join(part.tobytes() for part in row))
+    return " ".join(f"{number}:{found[number]:08x}" for number in sorted(found))
+
+
+def checksum(state: Any) -> str:
+    """Of every bit of every array, wherever its parts are."""
+    total = hashlib.sha256()
+    for leaf in jax.tree.leaves(state):  # one after another: each is a program of all processes
+        whole = (
+            leaf
+            if leaf.is_fully_addressable
+            else multihost_utils.process_allgather(leaf, tiled=True)
+        )
+        total.update(np.asarray(whole).tobytes())
+    return total.hexdigest()[:16]
+
+
 def main() -> None:
     cut = sys.argv.index("--")
     faults = [parse(text) for text in sys.argv[1:cut]]
@@ -184,8 +237,10 @@ def main() -> None:
     wrap_set_up(faults)
     wrap_step(faults)
     wrap_evaluation(faults)
-    wrap_save()
     kinds = {fault.kind for fault in faults}
+    if "tell" in kinds:
+        wrap_telling()
+    wrap_save()
     if kinds & {"hang_data", "wrong_targets"}:
         wrap_data(faults)
     if "clock" in kinds:

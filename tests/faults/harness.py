@@ -158,6 +158,27 @@ class Reference(NamedTuple):
         command = [sys.executable, str(ROOT / "tests/faults/child.py"), *faults, "--", *rest]
         return Child(command, {**self.variables, **(variables or {})})
 
+    def launch(
+        self,
+        workdir: Path,
+        *flags: str,
+        devices: int = 8,
+        heartbeat: int,
+        restarts: int = 0,
+        faults: Sequence[str] = (),
+        variables: dict[str, str] | None = None,
+    ) -> Child:
+        """`train` as two processes that share the devices."""
+        given = distinct([*self.flags, *flags])
+        rest = [flag for flag in given if not flag.startswith("--cpu_devices")]
+        launcher = [f"--heartbeat={heartbeat}", "--processes=2", f"--cpu_devices={devices // 2}"]
+        program = [str(ROOT / "tests/faults/child.py"), *faults, "--", *rest]
+        command = [
+            *(sys.executable, str(ROOT / "scripts/launch.py"), *launcher),
+            *(f"--restarts={restarts}", "--", *program, f"--workdir={workdir}"),
+        ]
+        return Child(command, {**self.variables, **(variables or {})})
+
     def until(self, step: int, workdir: Path) -> Path:
         """A copy of R as it was when `step`, one of 10, 20, 30, was its newest checkpoint."""
         shutil.copytree(self.workdir, workdir)
@@ -170,6 +191,21 @@ class Reference(NamedTuple):
 def distinct(flags: Sequence[str]) -> list[str]:
     """The last of the flags that set the same thing."""
     return list({flag.partition("=")[0]: flag for flag in flags}.values())
+
+
+def process_ids(launcher: int) -> dict[int, int]:
+    """Process ids of a launcher's children, by their number."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            words = (path / "cmdline").read_text().split("\0")
+        except OSError:
+            continue  # gone meanwhile
+        numbers = [word.partition("=")[2] for word in words if word.startswith("--process_id=")]
+        if parent == launcher and numbers:
+            found[int(numbers[0])] = int(path.name)
+    return found
 
 
 @contextlib.contextmanager

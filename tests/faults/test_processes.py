@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 import shutil
 import signal
-import sys
 import tempfile
 import time
 
@@ -14,13 +13,12 @@ import numpy as np
 import pytest
 
 from tests.faults.harness import (
-    ROOT,
     Child,
     Reference,
     bits,
     digest,
-    distinct,
     only_one,
+    process_ids,
     steps_saved,
 )
 
@@ -47,32 +45,8 @@ def launch(
     faults: tuple[str, ...] = (),
 ) -> Child:
     """R as two processes of four devices."""
-    given = distinct([*reference.flags, f"--config.steps={STEPS}", *flags])
-    rest = [flag for flag in given if not flag.startswith("--cpu_devices")]
-    launcher = [f"--heartbeat={HEARTBEAT}", "--processes=2", "--cpu_devices=4"]
-    program = [str(ROOT / "tests/faults/child.py"), *faults, "--", *rest, f"--workdir={workdir}"]
-    return Child(
-        [
-            *(sys.executable, str(ROOT / "scripts/launch.py")),
-            *(*launcher, f"--restarts={restarts}", "--", *program),
-        ],
-        reference.variables,
-    )
-
-
-def process_ids(launcher: int) -> dict[int, int]:
-    """Process ids of a launcher's children, by their number."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            words = (path / "cmdline").read_text().split("\0")
-        except OSError:
-            continue  # gone meanwhile
-        numbers = [word.partition("=")[2] for word in words if word.startswith("--process_id=")]
-        if parent == launcher and numbers:
-            found[int(numbers[0])] = int(path.name)
-    return found
+    given = [f"--config.steps={STEPS}", *flags]
+    return reference.launch(workdir, *given, heartbeat=HEARTBEAT, restarts=restarts, faults=faults)
 
 
 def assert_gone(ids: dict[int, int]) -> None:
