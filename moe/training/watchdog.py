@@ -1,23 +1,25 @@
 """Ends a run that is alive and does nothing: stacks of all threads, one line of cause, exit 70.
 
 The watch is a Python thread. A C call that never returns and never gives up the interpreter's lock
-stops that thread too; then faulthandler's own thread writes the stacks, and whoever started the
-process has to end it. (faulthandler could end it, but also would when a process that was stopped
-for long goes on.)
+stops that thread too; then faulthandler's own thread writes the stacks, and a small process beside
+this one kills it (`moe.training.watcher`). (faulthandler could end it, but also would when a process
+that was stopped for long goes on.)
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 import contextlib
 import faulthandler
 import os
+import subprocess
 import sys
 import threading
 import time
 from types import FrameType, TracebackType
 
-from absl import flags
+from absl import flags, logging
 
 from moe.errors import EXIT_STUCK, ConfigError
+from moe.training import watcher
 
 FLAG = "stuck_after"
 _DEFAULT = 1800
@@ -42,6 +44,9 @@ class Watchdog:
     Silence is counted in naps of the watching thread, each as long as it was meant to be or twice
     that at most: a stopped process, a suspended machine and a clock that is set do not count.
 
+    Where not even that thread can run, the process is killed (on Linux) after twice the silence and 20
+    seconds: the stacks come first.
+
     Args:
         seconds: of silence before the process ends; 0 is never.
     """
@@ -57,11 +62,14 @@ class Watchdog:
         self._heard = True
         self._phase = "the start"
         self._patience = 0  # blocks of `patient`
+        self._watcher: _Watcher | None = None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
         if self._seconds:
+            if sys.platform == "linux":
+                self._watcher = _Watcher(2 * (self._seconds + _TELLING), self._nap)
             self._thread.start()
         return self
 
@@ -74,6 +82,8 @@ class Watchdog:
         if self._seconds:
             self._end.set()
             self._thread.join()
+        if self._watcher is not None:
+            self._watcher.close()
 
     def beat(self, phase: str) -> None:
         """Says that the run moves; `phase` is what begins now. Costs two writes of an attribute."""
@@ -85,16 +95,23 @@ class Watchdog:
         """A block that may take all the time it wants: compilation, preparation of data."""
         self._patience += 1
         self.beat(phase)
+        self._tell_watcher()  # at once: the next call may be a long one that keeps the lock
         try:
             yield
         finally:
             self.beat(f"the end of {phase}")
             self._patience -= 1
+            self._tell_watcher()
+
+    def _tell_watcher(self) -> None:
+        if self._watcher is not None:
+            self._watcher.tell(lambda: self._patience > 0)
 
     def _watch(self) -> None:
         silent = 0.0
         try:
             while True:
+                self._tell_watcher()
                 # Only ever due if this thread cannot run. Later than it would be in any case.
                 faulthandler.dump_traceback_later(2 * self._seconds + _TELLING, file=_STDERR)
                 before = time.monotonic()
@@ -122,6 +139,66 @@ class Watchdog:
         teller.start()
         teller.join(_TELLING)
         os._exit(EXIT_STUCK)  # no clean-up: it would wait for what hangs
+
+
+class _Watcher:
+    """The process beside this one, from this side.
+
+    Args:
+        limit: seconds without `tell` after which it kills this process.
+        nap: seconds between two looks.
+    """
+
+    def __init__(self, limit: float, nap: float):
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        numbers = [str(number) for number in (os.getpid(), limit, nap)]
+        read, self._pipe = os.pipe()
+        os.set_blocking(self._pipe, False)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", watcher.__file__, *numbers],
+                stdin=read,
+                stdout=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C and Ctrl-Z on the terminal are for the run
+            )
+        except OSError as error:
+            _warn(error)
+        finally:
+            os.close(read)
+
+    def tell(self, patient: Callable[[], bool]) -> None:
+        """That this process is alive, and whether it may take all the time it wants from now on."""
+        with self._lock:  # what was asked last is told last
+            if self._process is None:
+                return
+            try:
+                os.write(self._pipe, watcher.PATIENCE if patient() else watcher.WATCH)
+            except BlockingIOError:
+                return  # it was stopped, and has enough to read
+            except BrokenPipeError as error:
+                _warn(error)
+                self._end()
+
+    def close(self) -> None:
+        """Ends it, stopped or not."""
+        with self._lock:
+            self._end()
+        os.close(self._pipe)
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+def _warn(error: OSError) -> None:
+    logging.warning(
+        "No process watches this one (%s): should a call keep the interpreter's lock for good, the run "
+        "would have to be killed by hand.",
+        error.strerror,
+    )
 
 
 def stacks() -> str:

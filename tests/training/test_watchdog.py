@@ -71,25 +71,96 @@ def test_a_stderr_that_nobody_reads_does_not_keep_a_stuck_run_alive():
             child.kill()
 
 
-def test_a_c_call_that_keeps_the_interpreter_is_shown():
+def test_a_c_call_that_keeps_the_interpreter_is_shown_and_killed():
     child = start(
         """
-        import ctypes
+        import ctypes, os
         from moe.training import watchdog
         watchdog._TELLING = 0.5
         def calls():
             ctypes.PyDLL(None).sleep(600)  # PyDLL: without giving up the interpreter's lock
-        with watchdog.Watchdog(0.5):
+        with watchdog.Watchdog(1.0):
+            os.write(1, b"calls\\n")
             calls()
         """
     )
     with child:
         try:
-            assert child.stderr is not None
-            assert child.stderr.readline() == "Timeout (0:00:01.500000)!\n"
-            assert any(line.endswith(" in calls\n") for line in child.stderr)
+            assert child.stdout is not None
+            assert child.stdout.readline() == "calls\n"
+            began = time.monotonic()
+            _, errors = child.communicate(timeout=60)
+            seconds = time.monotonic() - began
         finally:
             child.kill()
+    assert child.returncode == -signal.SIGKILL
+    assert 2.5 < seconds < 25  # twice the second, twice the telling; up to a nap, and load
+    assert errors.startswith("Timeout (0:00:02.500000)!\n")
+    assert " in calls\n" in errors
+    cause = errors.splitlines()[-1]
+    assert cause.startswith("Stuck: for 3 s no thread could run Python.")
+
+
+WATCHED = """
+    import ctypes, os
+    from moe.training import watchdog
+    watchdog._TELLING = 0.1
+    libc = ctypes.PyDLL(None)  # PyDLL: without giving up the interpreter's lock
+    class Deaf(watchdog.Watchdog):  # the thread has no part in it
+        def _watch(self):
+            self._end.wait()
+    with Deaf({seconds}) as dog:  # the process beside it: twice, and 0.2
+"""
+
+
+def watched(seconds: float, block: str) -> subprocess.Popen:
+    head = textwrap.dedent(WATCHED).format(seconds=seconds)
+    return start(head + textwrap.indent(textwrap.dedent(block), "    "))
+
+
+def test_patience_for_a_c_call_that_keeps_the_interpreter():
+    """And beyond the block none."""
+    child = watched(
+        0.5,
+        """
+        with dog.patient("compilation"):
+            with dog.patient("a part of it"):
+                pass
+            libc.sleep(2)
+        os.write(2, b"patient\\n")
+        libc.sleep(600)
+        """,
+    )
+    with child:
+        try:
+            _, errors = child.communicate(timeout=60)
+        finally:
+            child.kill()
+    assert child.returncode == -signal.SIGKILL
+    assert errors.startswith("patient\nStuck: for 1 s")
+
+
+def test_a_process_that_was_stopped_is_not_killed():
+    """Stopped in the middle of a call that keeps the interpreter: the wait is not counted."""
+    child = watched(
+        1.0,
+        """
+        os.write(1, b"calls\\n")
+        libc.poll(None, 0, 1000)
+        """,
+    )
+    with child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "calls\n"
+            child.send_signal(signal.SIGSTOP)
+            time.sleep(3.5)
+            child.send_signal(signal.SIGCONT)
+            _, errors = child.communicate(timeout=60)
+        finally:
+            child.kill()
+    assert child.returncode == 0, errors
+    assert "Stuck" not in errors
 
 
 def test_a_process_that_was_stopped_goes_on():
