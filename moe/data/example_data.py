@@ -195,7 +195,8 @@ class ExampleData(RowData):
         if self.store.fields.kind != "text":
             names.remove("input")
         return sum(
-            (np.bincount(fields[name].flat, minlength=size) for name in names), np.zeros(size, int)
+            (np.bincount(fields[name].flat[:], minlength=size) for name in names),
+            np.zeros(size, int),
         )
 
     def rows(self, split: str) -> list[ExampleRows]:

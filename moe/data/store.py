@@ -17,6 +17,7 @@ from jaxtyping import Int, Shaped
 import numpy as np
 
 from moe.data.cache import cache_key, check_directory, damaged, directory_in_one_go
+from moe.data.checked import CheckedArray
 from moe.data.sources.types import SPLITS, Document, Source
 from moe.data.tokenizers import LEARNED, Tokenizer, from_json, make_tokenizer
 from moe.errors import DataError
@@ -29,7 +30,8 @@ _DTYPES = {"uint16": np.dtype(np.uint16), "int32": np.dtype(np.int32)}  # of tok
 class TokenSplit(NamedTuple):
     """The tokens of one split. `n` documents; document d is `ids[starts[d]:starts[d + 1]]`."""
 
-    ids: Int[np.ndarray, " T"]  # uint16 or int32, memory-mapped; one closing boundary at the end
+    # [T] uint16 or int32; one closing boundary at the end
+    ids: CheckedArray | Int[np.ndarray, " T"]
     starts: Int[np.ndarray, " n+1"]  # int64; starts[n] is where the closing boundary lies
     domain: Int[np.ndarray, " n"]  # int32, index into `TokenStore.domains`
 
@@ -84,8 +86,7 @@ def open_tokens(source: Source, directory: Path, tokenizer: Tokenizer) -> TokenS
     if not path.is_dir():
         with directory_in_one_go(path) as temporary:
             _write(source, tokenizer, temporary)
-    check_directory(path)
-    return _open(path)
+    return _open(path, check_directory(path))
 
 
 def document_keys(source: Source, directory: Path) -> Shaped[np.ndarray, " n"]:
@@ -179,10 +180,11 @@ def _encoded(chunk: list[Document], tokenizer: Tokenizer) -> Iterator[tuple[Docu
     return zip(chunk, ids, strict=True)
 
 
-def _open(path: Path) -> TokenStore:
+def _open(path: Path, sums: dict[str, list[int]]) -> TokenStore:
     try:
         meta = json.loads((path / _META).read_text(encoding="utf-8"))
-        splits = {split: _open_split(path, split, _DTYPES[meta["dtype"]]) for split in SPLITS}
+        dtype = _DTYPES[meta["dtype"]]
+        splits = {split: _open_split(path, split, dtype, sums) for split in SPLITS}
         counts = {
             split: {name: Count(*count) for name, count in of_split.items()}
             for split, of_split in meta["counts"].items()
@@ -200,9 +202,9 @@ def _open(path: Path) -> TokenStore:
     return store
 
 
-def _open_split(path: Path, split: str, dtype: np.dtype) -> TokenSplit:
+def _open_split(path: Path, split: str, dtype: np.dtype, sums: dict[str, list[int]]) -> TokenSplit:
     return TokenSplit(
-        ids=np.memmap(path / f"{split}.ids", dtype, mode="r"),
-        starts=np.load(path / f"{split}.starts.npy", mmap_mode="r", allow_pickle=False),
-        domain=np.load(path / f"{split}.domain.npy", mmap_mode="r", allow_pickle=False),
+        ids=CheckedArray(path / f"{split}.ids", dtype, sums[f"{split}.ids"]),
+        starts=np.load(path / f"{split}.starts.npy", allow_pickle=False),
+        domain=np.load(path / f"{split}.domain.npy", allow_pickle=False),
     )

@@ -94,7 +94,7 @@ class TextData(RowData):
 
     def token_counts(self) -> np.ndarray:
         """How often each id occurs in train, `[V]`."""
-        return np.bincount(self.store.splits["train"].ids, minlength=self.tokenizer.vocab_size)
+        return np.bincount(self.store.splits["train"].ids[:], minlength=self.tokenizer.vocab_size)
 
     def rows(self, split: str) -> list[PackedRows]:
         """The rows of each domain: in training only those with a weight, shuffled."""
