@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from moe.data.cache import cache_key, check_directory, damaged, directory_in_one_go
+from moe.data.checked import CheckedArray
 from moe.data.features import Fields
 from moe.data.sources.prepared import check_format, dataset_identity, split_slices
 from moe.data.sources.shards import BadRecord, Shards
@@ -32,7 +33,7 @@ Used = TypeVar("Used")
 class Field:
     """One field of a split: example i is `flat[starts[i]:starts[i + 1]]`, in its shape."""
 
-    flat: Shaped[np.ndarray, " T"]
+    flat: CheckedArray | Shaped[np.ndarray, " T"]
     starts: Int[np.ndarray, " N"]  # one more than examples
     shape: tuple[int, ...] | None  # None: of any length
 
@@ -135,14 +136,14 @@ def open_examples(
     Raises:
         DataError: a bad record beyond those, named by split and number.
     """
-    key = cache_key("examples", records.identity, fields, tokenizer.to_json(), skip_bad)
+    key = cache_key("examples 2", records.identity, fields, tokenizer.to_json(), skip_bad)
     path = directory / "examples" / key
     if not path.is_dir():
         with directory_in_one_go(path) as temporary:
             _write(records, fields, tokenizer, temporary, skip_bad)
-    check_directory(path)
+    sums = check_directory(path)
     try:
-        return _open(path, fields)
+        return _open(path, fields, sums)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, repr(error)) from error
 
@@ -162,6 +163,7 @@ def _write(records: Records, fields: Fields, tokenizer: Tokenizer, path: Path, s
             raise DataError(f"{records.name}: the split {split} has no example.")
         meta["splits"][split] = found
     meta["domains"] = list(domains)
+    digest.update("\n".join(domains).encode())
     meta["fingerprint"] = digest.hexdigest()[:32]
     (path / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
@@ -201,13 +203,13 @@ def _write_split(
                     writer = _Writer(path / f"{split}.{name}", value.dtype)
                     writers[name] = stack.enter_context(contextlib.closing(writer))
                 writers[name].add(value, example.fixed.get(name))
-                digest.update(value.tobytes())
+                digest.update(np.int64(len(value)).tobytes() + value.tobytes())
             domain.append(domains.setdefault(example.domain, len(domains)))
             label.append(example.label)
         kept = {name: writer.finish() for name, writer in writers.items()}
-    digest.update(np.array(label, np.int32).tobytes())
-    np.save(path / f"{split}.domain.npy", np.array(domain, np.int32))
-    np.save(path / f"{split}.label.npy", np.array(label, np.int32))
+    for name, values in (("domain", domain), ("label", label)):
+        digest.update(np.array(values, np.int32).tobytes())
+        np.save(path / f"{split}.{name}.npy", np.array(values, np.int32))
     return {"fields": kept, "skipped": skipped, "examples": len(domain)}
 
 
@@ -313,17 +315,20 @@ def _at(split: str, number: int) -> str:
     return f"record {number} of {split}"
 
 
-def _open(path: Path, fields: Fields) -> ExampleStore:
+def _open(path: Path, fields: Fields, sums: Mapping[str, list[int]]) -> ExampleStore:
     meta = json.loads((path / _META).read_text(encoding="utf-8"))
-    splits = {name: _open_split(path, name, found) for name, found in meta["splits"].items()}
+    splits = {name: _open_split(path, name, found, sums) for name, found in meta["splits"].items()}
     return ExampleStore(fields, tuple(meta["domains"]), splits, meta["fingerprint"])
 
 
-def _open_split(path: Path, split: str, meta: Mapping[str, Any]) -> ExampleSplit:
+def _open_split(
+    path: Path, split: str, meta: Mapping[str, Any], sums: Mapping[str, list[int]]
+) -> ExampleSplit:
     fields = {}
     for name, kept in meta["fields"].items():
-        starts = np.load(path / f"{split}.{name}.starts.npy", mmap_mode="r", allow_pickle=False)
-        flat = np.memmap(path / f"{split}.{name}", np.dtype(kept["dtype"]), mode="r")
+        starts = np.load(path / f"{split}.{name}.starts.npy", allow_pickle=False)
+        file = f"{split}.{name}"
+        flat = CheckedArray(path / file, np.dtype(kept["dtype"]), sums[file])
         if len(flat) != starts[-1]:
             raise ValueError(f"{split}.{name} has {len(flat)} numbers and not {starts[-1]}")
         shape = None if kept["shape"] is None else tuple(kept["shape"])

@@ -6,6 +6,7 @@ make is in the fingerprint itself.
 """
 
 import ast
+from collections.abc import Iterator
 import hashlib
 import importlib.metadata
 from pathlib import Path
@@ -28,6 +29,7 @@ IN_CODE: dict[str, tuple[str, ...]] = {
 IN_FINGERPRINT = (
     "batches",  # splits, sizes and the weights, which stand in the state
     "cache",
+    "checked",
     "examples",
     "features",
     "pipeline",
@@ -39,12 +41,13 @@ IN_FINGERPRINT = (
     "store",
     "tokenizers",
 )
+_FOR_READERS = ("annotation", "returns", "type_comment")  # parts of nodes
 
 
 def code_of(kind: str) -> str:
     """Hash of the modules that make rows of this kind, and the version of grain, which orders them.
 
-    Comments, docstrings, layout and the words of errors do not count. Grain's shuffle and mixture are
+    What a reader alone sees does not count: see `normalised`. Grain's shuffle and mixture are
     its own and may change from version to version; the streams of `numpy.random.RandomState` and
     `SeedSequence` are frozen by NumPy's policy, so its version is not part of this.
 
@@ -59,8 +62,23 @@ def code_of(kind: str) -> str:
 
 
 def normalised(source: str) -> str:
-    """A text of what a Python source does, the same in every version of Python that can parse it."""
-    return _text(ast.parse(source))
+    """A text of what a Python source does, the same in every version of Python that can parse it.
+
+    Comments, layout, docstrings, annotations, the words of errors, the order of imports and those that
+    nothing else needs are not in it.
+    """
+    module = ast.parse(source).body
+    imports = [node for node in module if isinstance(node, ast.Import | ast.ImportFrom)]
+    rest = _text([node for node in module if node not in imports and not _is_text(node)])
+    used = (text for node in imports for name, text in _imported(node) if f"id={name!r}" in rest)
+    return "\n".join([*sorted(used), rest])
+
+
+def _imported(node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, str]]:
+    """Each name that an import binds, and what it is."""
+    start = f"{node.level} {node.module}" if isinstance(node, ast.ImportFrom) else ""
+    for alias in node.names:
+        yield alias.asname or alias.name.partition(".")[0], f"{start} {_text(alias)}"
 
 
 def _text(node: object) -> str:
@@ -70,11 +88,13 @@ def _text(node: object) -> str:
         return repr(node)
     if isinstance(node, ast.Raise):
         return "Raise"  # which rows there are is decided by the condition
+    if isinstance(node, ast.AnnAssign) and node.value is not None:
+        return _text(ast.Assign([node.target], node.value))
     fields = {name: value for name, value in ast.iter_fields(node) if value not in (None, [])}
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+    if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         fields["body"] = [part for part in node.body if not _is_text(part)]
-    inner = " ".join(f"{name}={_text(value)}" for name, value in fields.items())
-    return f"{type(node).__name__}({inner})"
+    inner = (f"{name}={_text(value)}" for name, value in fields.items() if name not in _FOR_READERS)
+    return f"{type(node).__name__}({' '.join(inner)})"
 
 
 def _is_text(node: ast.stmt) -> bool:

@@ -176,11 +176,24 @@ def test_the_lists_name_modules():
 SOURCE = '''
 """A module."""
 
-def row(index: int) -> int:
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from moe.errors import DataError
+
+class Row(NamedTuple):
+    """A row."""
+    tokens: np.ndarray
+    index: int = 0
+
+def row(index: int, size=2) -> int:
     """Which one."""
     if index < 0:
-        raise IndexError(f"row {index}")
-    return index * 2  # twice
+        raise DataError(f"row {index}")
+    found = index * 2  # twice
+    return math.floor(found)
 '''
 
 
@@ -188,22 +201,67 @@ def row(index: int) -> int:
     ("old", "new"),
     [
         ("Which one.", "Which row."),
+        ('"""A module."""', ""),
+        ('    """A row."""\n', ""),
         ("  # twice", ""),
-        ('f"row {index}"', '"no such row"'),
-        ("return index * 2", "return (\n        index * 2)"),
+        ('DataError(f"row {index}")', 'ValueError("no such row")'),
+        ("from moe.errors import DataError", "from moe.errors import ConfigError, DataError"),
+        ("return math.floor(found)", "return (\n        math.floor(found))"),
+        ("index: int, size=2) -> int", "index, size: int = 2)"),
+        ("found = ", "found: int = "),
+        ("tokens: np.ndarray", 'tokens: "Array"'),
+        ("index: int = 0", "index: np.int32 = 0"),
+        ("import numpy as np", "from jaxtyping import Int"),
+        (
+            "import math\nfrom typing import NamedTuple",
+            "from typing import NamedTuple\nimport math",
+        ),
     ],
 )
-def test_words_and_layout_do_not_change_the_code(old, new):
+def test_words_annotations_and_layout_do_not_change_the_code(old, new):
     assert old in SOURCE
     assert pipeline.normalised(SOURCE.replace(old, new)) == pipeline.normalised(SOURCE)
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("* 2", "* 3"), ("index < 0", "index <= 0"), ("index * 2", "row(index)"), ("raise", "return")],
+    [
+        ("* 2", "* 3"),
+        ("index < 0", "index <= 0"),
+        ("index * 2", "row(index)"),
+        ("raise DataError", "return DataError"),
+        ("size=2", "size=3"),
+        ("size=2", "size"),
+        ("    tokens: np.ndarray\n", ""),
+        ("tokens: np.ndarray", "ids: np.ndarray"),
+        ("index: int = 0", "index: int = 1"),
+        ("index: int = 0", "index: int"),
+        ("import math", "import cmath as math"),
+        ("import math", "from moe import math"),
+        ("from typing", "from .typing"),
+        ('"""Which one."""', "index = abs(index)"),
+        ("found = ", "found += "),
+    ],
 )
 def test_what_it_does_changes_the_code(old, new):
+    assert old in SOURCE
     assert pipeline.normalised(SOURCE.replace(old, new)) != pipeline.normalised(SOURCE)
+
+
+def test_the_code_of_each_kind_is_of_all_its_modules(monkeypatch, tmp_path):
+    """A change of what any of them does is seen, and one of its words is not."""
+    for name in {*sum(pipeline.IN_CODE.values(), ())}:
+        (tmp_path / f"{name}.py").write_text((DATA / f"{name}.py").read_text())
+    before = {kind: pipeline.code_of(kind) for kind in pipeline.IN_CODE}
+    monkeypatch.setattr(pipeline, "__file__", str(tmp_path / "pipeline.py"))
+    for path in tmp_path.iterdir():
+        source = path.read_text()
+        path.write_text(f"{source}\n# a comment\n")
+        assert {kind: pipeline.code_of(kind) for kind in pipeline.IN_CODE} == before
+        path.write_text(f"{source}\nADDED = 1\n")
+        for kind, names in pipeline.IN_CODE.items():
+            assert (pipeline.code_of(kind) != before[kind]) == (path.stem in names), (path, kind)
+        path.write_text(source)
 
 
 def test_the_code_has_the_version_of_grain_and_differs_by_kind(monkeypatch):
