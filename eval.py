@@ -11,6 +11,11 @@ Overrides (`--config.router.k=4`) change how the checkpoint is run. Evaluation d
 `dispatch.capacity_factor`, given here, is the capacity of this evaluation.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from moe import early_signals
+
+    early_signals.listen()
+
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

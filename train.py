@@ -6,6 +6,11 @@ Exit codes: 0 done, 2 config, 3 data, 4 checkpoint, 5 diverged, 6 disk or memory
 the state saved.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from moe import early_signals
+
+    early_signals.listen()
+
 import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple

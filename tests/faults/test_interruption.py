@@ -3,13 +3,14 @@
 from pathlib import Path
 import random
 import signal
+import sys
 import time
 
 import pytest
 
 from moe.errors import EXIT_PREEMPTED, EXIT_STUCK
 from tests.faults import harness
-from tests.faults.harness import STEPS, Ended, Reference, steps_saved
+from tests.faults.harness import ROOT, STEPS, Child, Ended, Reference, steps_saved
 
 SLOW = 6.0  # times as long as on a quiet machine, which a bound allows
 
@@ -58,6 +59,28 @@ def test_row_01_sigterm_in_the_set_up(reference: Reference, tmp_path: Path):
     assert time.monotonic() - began < 5 * SLOW
     assert "nothing to save" in ended.text
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["sigterm", "ctrl_c"])
+@pytest.mark.parametrize("program", ["train.py", "eval.py"])
+def test_row_01_signal_while_it_imports(program: str, tmp_path: Path, number: int):
+    """In the middle of a long C call of the import of jax: one line, nothing touched."""
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "jax.py").write_text(
+        "import hashlib\n"
+        "print('IMPORTING', flush=True)\n"
+        "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"
+    )
+    command = [sys.executable, str(ROOT / program), f"--workdir={tmp_path / 'run'}"]
+    with Child(command, {"PYTHONPATH": str(tmp_path / "path")}) as child:
+        child.wait_for("IMPORTING")
+        began = time.monotonic()
+        child.signal(number)
+        ended = child.finish()
+    assert ended.code == EXIT_PREEMPTED, ended.text
+    assert time.monotonic() - began < 2 * SLOW
+    assert ended.text == "IMPORTING\n\nStopping: there is nothing to save.\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["path"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["sigterm", "ctrl_c"])

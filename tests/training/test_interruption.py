@@ -32,6 +32,9 @@ def wait_for_request(interruption: Interruption) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_asks_for_a_stop_and_the_old_handlers_return(number):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    outside = signal.set_wakeup_fd(write)
     with Interruption() as interruption:
         assert not interruption.requested()
         assert not interruption.asked
@@ -40,6 +43,9 @@ def test_a_signal_asks_for_a_stop_and_the_old_handlers_return(number):
         assert interruption.requested()
         assert interruption.asked
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert signal.set_wakeup_fd(outside) == write
+    for end in (read, write):
+        os.close(end)
 
 
 def start(code: str, *arguments: object) -> subprocess.Popen:
