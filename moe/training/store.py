@@ -1,6 +1,7 @@
 """Orbax behind the few calls that a run makes of it: start a save, wait for it, load a step."""
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 import threading
 import time
@@ -94,6 +95,10 @@ class Store:
         return self._manager
 
     def _open(self) -> ocp.CheckpointManager:
+        mark = type(ocp.PLACEHOLDER)  # of what a partial restore leaves out
+        registry = ocp.type_handlers.create_type_handler_registry(
+            (jax.Array, _Arrays()), (mark, ocp.type_handlers.get_type_handler(mark))
+        )
         return ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -111,7 +116,9 @@ class Store:
             ),
             item_names=ITEMS,
             item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True),
+                "state": ocp.PyTreeCheckpointHandler(
+                    use_ocdbt=True, use_zarr3=True, type_handler_registry=registry
+                ),
                 "data": ocp.JsonCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
             },
@@ -128,6 +135,32 @@ class Store:
         for thread in set(threading.enumerate()) - self._threads_before:
             if thread.name == "async_save" or type(thread).__module__.startswith("orbax."):
                 thread.join(max(0.0, deadline - time.monotonic()))
+
+
+class _Arrays(ocp.type_handlers.ArrayHandler):
+    """Orbax's reader and writer of arrays; a read that fails waits for those begun beside it.
+
+    Orbax raises the first error and closes its event loop while other reads go on: each then raises
+    an error of its own, out of a thread of the array store, that nothing can catch.
+    """
+
+    def __init__(self):
+        super().__init__()
+        # The options of Orbax's own handler, among them one whose type has no public name.
+        vars(self).update(vars(ocp.type_handlers.get_type_handler(jax.Array)))
+
+    async def deserialize(
+        self,
+        infos: Sequence[ocp.type_handlers.ParamInfo],
+        args: Sequence[ocp.type_handlers.RestoreArgs] | None = None,
+    ) -> Sequence[jax.Array]:
+        before = asyncio.all_tasks()
+        try:
+            return await super().deserialize(infos, args)
+        except Exception:
+            while left := asyncio.all_tasks() - before:
+                await asyncio.gather(*left, return_exceptions=True)
+            raise
 
 
 class _OnlyNames(ocp.path.step.NameFormat):

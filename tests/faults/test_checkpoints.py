@@ -4,7 +4,6 @@ The many cases are on a `Checkpointer` with tiny states; one run of the real `tr
 that it is wired.
 """
 
-import gc
 import os
 from pathlib import Path
 import random
@@ -26,16 +25,6 @@ from tests.training.tiny_checkpoints import (
     save_steps,
     small_state,
 )
-
-# A read of Orbax that fails leaves others in flight to a closed event loop; what they say when they are
-# collected is not about what was loaded.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture(autouse=True)
-def reads_in_flight_end_here():
-    yield
-    gc.collect()
 
 
 @pytest.fixture(scope="module")
