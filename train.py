@@ -37,7 +37,6 @@ from moe.session import (
     Place,
     Session,
     compile_programs,
-    end_if_bad,
     eval_file,
     explained,
     forget,
@@ -311,7 +310,7 @@ def save(
     pending: bool = False,
 ) -> None:
     """Starts a checkpoint; `found` is the evaluation of this very state, if there was one."""
-    end_if_bad(s, step, state.guard)
+    heeded(s, step, state.guard)  # a state that ends the run is not saved, whoever asks
     meta = {
         "config": s.run.config.to_dict(),
         "versions": package_versions(),

@@ -137,5 +137,6 @@ def hyper(run: setup.Run) -> Hyper:
         dropout=c.model.dropout,
         update_options=pick_options(update, c.router.to_dict()),
         spike_sigmas=0.0 if c.guards.spike_sigmas is None else c.guards.spike_sigmas,
+        spikes=c.guards.spikes,
     )
     return jax.tree.map(lambda number: np.float32(number), values)

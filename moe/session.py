@@ -127,6 +127,9 @@ def restore_or_start(
     if restored is None or restored.step < run.config.steps:
         resources.check_disk(workdir, resources.state_bytes(template))
     if restored is None:
+        batches.set_state(
+            {**batches.get_state(), "next_row": 0}
+        )  # a run that goes back is elsewhere
         make = jax.jit(
             lambda key: initialize(run.spec, run.transformation, key, window),
             out_shardings=run.shardings,
@@ -169,24 +172,9 @@ def heeded(s: Session, step: int, guard: GuardState) -> rewind.Verdict:
     guard, limits = jax.device_get(guard), s.run.config.guards
     verdict = rewind.verdict(guard, limits, s.events)
     if verdict == "end":
-        raise _diverged(s, step, guard)
+        newest = s.checkpointer.latest_step()
+        raise DivergedError(rewind.why(guard, limits, step, newest))
     return verdict
-
-
-def end_if_bad(s: Session, step: int, guard: GuardState) -> None:
-    """Raises DivergedError where so many bad steps came in a row that this state is not to be saved.
-
-    That is all a save out of turn asks: whether spikes lead back is asked at the same steps in a run
-    that is interrupted as in one that is not.
-    """
-    guard = jax.device_get(guard)
-    if rewind.is_beyond(guard, s.run.config.guards):
-        raise _diverged(s, step, guard)
-
-
-def _diverged(s: Session, step: int, guard: GuardState) -> DivergedError:
-    newest = s.checkpointer.latest_step()
-    return DivergedError(rewind.why(guard, s.run.config.guards, step, newest))
 
 
 def go_back(s: Session, step: int, guard: GuardState) -> Place:
@@ -204,20 +192,19 @@ def go_back(s: Session, step: int, guard: GuardState) -> Place:
         place.step,
         s.batches.get_state()["next_row"],
         guard=guard,
-        at=step,
         row=row,
         batch_size=config.data.batch_size,
-        skip_batches=config.guards.skip_batches,
+        limits=config.guards,
     )
-    if event is not None:
-        if s.primary:
-            history.append(s.workdir, **event)
-        s.events.append(event)
+    if s.primary:
+        history.append(s.workdir, **event)
+    s.events.append(event)
     s.recorder.close()
     forget(s.workdir, place.step, s.recorder, primary=s.primary)
     s.progress.message(
-        f"warning: the loss spiked {int(guard.spikes_in_a_row)} times in a row up to step {step}: back to "
-        f"step {place.step}, and past the batches that spiked"
+        f"warning: the loss spiked {config.guards.spikes} times in a row up to step "
+        f"{step - rewind.lateness(guard, config.guards)}: back to step {place.step}, and past the batches "
+        "that spiked"
     )
     return past_rewinds(place, s.batches, s.events)
 

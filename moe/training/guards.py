@@ -4,6 +4,10 @@ Traced inside the step. A step that is judged unfit changes no parameter, no mom
 state; its number and its batch are used up all the same, so that the data order does not depend on
 what was skipped. Spikes as in PaLM's training (Chowdhery et al. 2022, arXiv:2204.02311, section
 5.1), found by their distance from a window of losses.
+
+A row of spikes that is long enough for the run to go back ends only with that: whatever the next
+steps bring, they belong to it and change nothing. So the host, which looks at the guards now and
+then, finds the same row whenever it looks, and how long it is complete (`moe.training.rewind`).
 """
 
 from typing import Any, NamedTuple, TypeVar
@@ -26,7 +30,7 @@ class GuardState(NamedTuple):
     skipped: Int[Any, ""]  # int32: steps that changed nothing, of the whole run
     bad_in_a_row: Int[Any, ""]  # not finite, since the last update
     longest_bad: Int[Any, ""]  # largest `bad_in_a_row` ever: seen by who looks now and then
-    spikes_in_a_row: Int[Any, ""]  # since the last update
+    spikes_in_a_row: Int[Any, ""]  # since the last update; with the steps after a complete row
     losses: Float[Any, " W"]  # cross-entropy of the last updates, oldest first, nats
     filled: Int[Any, ""]  # how many of `losses` are real, the last ones
 
@@ -54,16 +58,28 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
     return found
 
 
-def is_spike(guard: GuardState, loss: Float[Array, ""], sigmas: Scalar) -> Bool[Array, ""]:
-    """Whether a loss is more than `sigmas` standard deviations above the mean of a full window.
+def is_spike(
+    guard: GuardState,
+    loss: Float[Array, ""],
+    finite: Bool[Array, ""],
+    sigmas: Scalar,
+    complete: Scalar,
+) -> Bool[Array, ""]:
+    """Whether a step counts as a spike.
+
+    One that is not finite counts as that alone, but for those after a complete row.
 
     Args:
         guard: before the step.
-        loss: cross-entropy of the batch, nats.
+        loss: cross-entropy of the batch, nats; a spike if it is more than `sigmas` standard
+            deviations above the mean of a full window.
+        finite: whether loss, gradients and update are.
         sigmas: may be traced.
+        complete: spikes in a row from which on every step counts as one; may be traced.
     """
     bound = guard.losses.mean() + sigmas * guard.losses.std()
-    return (guard.filled >= guard.losses.shape[0]) & (loss > bound)
+    above = (guard.filled >= guard.losses.shape[0]) & (loss > bound)
+    return (finite & above) | (guard.spikes_in_a_row >= complete)
 
 
 def keep(applied: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
@@ -82,11 +98,11 @@ def advance(
         guard: before the step.
         loss: cross-entropy of the batch, nats; enters the window if the update is applied.
         finite: whether loss, gradients and update are.
-        spike: whether the loss is one; a step that is not finite counts as that alone.
+        spike: whether the step counts as one, as `is_spike` says.
     """
     applied = finite & ~spike
-    bad = jnp.where(applied, 0, guard.bad_in_a_row + ~finite)
-    spikes = jnp.where(applied, 0, guard.spikes_in_a_row + (finite & spike))
+    bad = jnp.where(applied, 0, guard.bad_in_a_row + (~finite & ~spike))
+    spikes = jnp.where(applied, 0, guard.spikes_in_a_row + spike)
     moved = jnp.concatenate([guard.losses[1:], loss[None]])
     return GuardState(
         skipped=guard.skipped + ~applied,

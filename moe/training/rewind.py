@@ -5,20 +5,25 @@ checkpoint, on other data (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1)
 functions of the guard's counters, the events of `history.jsonl` and the place in the data; so the same
 history and the same checkpoint give the same continuation, on every process.
 
+A run goes back to the same checkpoint and on at the same row however seldom the loop looks: a row of
+spikes, once complete, lasts until the run goes back (`guards.is_spike`), so that what is found is what
+was to be found at the step that completed it. `log_every` changes no bit of the state that a run ends
+with; it only decides how many steps are thrown away.
+
 What the loop must do, in this order:
 
 1. `verdict` at every step with a log line, an evaluation or a save that is due, after the step and
-   before its save. At a save out of turn (an interruption) only "end" is heeded: there the run must
-   do what it would have done without the interruption.
+   before its save. At a save out of turn (an interruption) only "end" is heeded: the next start finds
+   "rewind" as well, and goes back then.
 2. "go_on": nothing. "end": save nothing, raise DivergedError with `why`.
 3. "rewind", after step `n` with `row` rows consumed:
    a. `first = first_of_row(guard, n)`, `to = go_back_to(all_steps(), first, every)`.
    b. `retire_after(to)`; records and kept choices after `to` go too.
    c. The newest checkpoint is restored as at a start: step `s` with `next_row` (a damaged one is passed
       over; a fresh state, 0 and 0, where there is none).
-   d. `event = plan(events, s, next_row, ...)`; if not None, process 0 appends it to the history, and
-      every process to its own `events`. Only now, when no newer checkpoint is left: were it written
-      before, a run killed in between would find the row of spikes again with its budget spent.
+   d. `event = plan(events, s, next_row, ...)`; process 0 appends it to the history, and every process
+      to its own `events`. Only now, when no newer checkpoint is left: were it written before, a run
+      killed in between would find the row of spikes again with its budget spent.
 4. After every restore, that of 3c and that of any start: `row = resume_row(events, s, next_row)`. If it
    is not `next_row`, the data goes on at `row`, and the guard forgets its row of steps without an
    update (`guards.rested`). Then on with step `s + 1`.
@@ -69,7 +74,7 @@ def why(guard: GuardState, limits: ConfigDict, step: int, newest: int | None) ->
     Args:
         guard: after the step.
         limits: `config.guards`.
-        step: at which the run ends.
+        step: after which the verdict was found.
         newest: step of the newest checkpoint; None if there is none.
     """
     if is_beyond(guard, limits):
@@ -78,9 +83,10 @@ def why(guard: GuardState, limits: ConfigDict, step: int, newest: int | None) ->
             f"(guards.bad_steps={limits.bad_steps})"
         )
     else:
+        step -= lateness(guard, limits)
         cause = (
-            f"the loss spiked in {int(guard.spikes_in_a_row)} steps in a row "
-            f"(guards.spikes={limits.spikes}) and all guards.rewinds={limits.rewinds} rewinds are used up"
+            f"the loss spiked in {limits.spikes} steps in a row (guards.spikes={limits.spikes}) and all "
+            f"guards.rewinds={limits.rewinds} rewinds are used up"
         )
     kept = "No checkpoint was saved before" if newest is None else f"Checkpoint {newest} is kept"
     return (
@@ -99,6 +105,16 @@ def rewinds(events: Events) -> list[dict[str, Any]]:
     return found
 
 
+def lateness(guard: GuardState, limits: ConfigDict) -> int:
+    """How many steps ago the row of spikes was complete; 0 where it is not.
+
+    Args:
+        guard: after the step.
+        limits: `config.guards`.
+    """
+    return max(0, int(guard.spikes_in_a_row) - limits.spikes)
+
+
 def first_of_row(guard: GuardState, step: int) -> int:
     """The first of the steps without an update that end with `step`; `step + 1` if it had one."""
     return step + 1 - int(guard.spikes_in_a_row) - int(guard.bad_in_a_row)
@@ -108,14 +124,17 @@ def go_back_to(steps: Iterable[int], first: int, every: int) -> int:
     """The checkpoint to train again from.
 
     The newest before the first spike, of those that are saved in turn if there is one: a run that
-    was interrupted goes back as far as one that was not. Where all are from within the row of
-    spikes, the oldest: its weights are those from before. 0, a fresh state, where there is none.
+    was interrupted goes back as far as one that was not. Before the first of them, and where there
+    is none at all, 0: a fresh state. Where all that are left are from within the row of spikes or
+    after it, the oldest: its weights are those from before.
 
     Args:
         steps: of all checkpoints.
         first: step of the first spike of the row.
         every: `config.checkpoint.every`.
     """
+    if first <= every:
+        return 0
     steps = sorted(steps)
     before = [step for step in steps if step < first]
     in_turn = [step for step in before if step % every == 0]
@@ -131,35 +150,31 @@ def plan(
     next_row: int,
     *,
     guard: GuardState,
-    at: int,
     row: int,
     batch_size: int,
-    skip_batches: int,
-) -> dict[str, Any] | None:
+    limits: ConfigDict,
+) -> dict[str, Any]:
     """The event of a rewind, to be appended to the history.
 
-    It skips `skip_batches` batches from the first that spiked, at least all of the row, and what lies
-    between the checkpoint and them.
+    It skips `limits.skip_batches` batches from the first that spiked, at least all until the row was
+    complete, and what lies between the checkpoint and them. It always leads on, by one batch at least:
+    a checkpoint that was saved out of turn after the row was complete, and is the only one, is already
+    past them.
 
     Args:
         events: of the history.
         step: of the checkpoint that was restored.
         next_row: rows of the data consumed in it.
-        guard: after step `at`, where the verdict was "rewind".
-        at: the step after which the run goes back.
-        row: rows consumed after step `at`.
+        guard: where the verdict was "rewind".
+        row: rows consumed there.
         batch_size: rows a step; those of steps before a restart with another size count as of this one.
-        skip_batches: `config.guards.skip_batches`.
-
-    Returns:
-        The event; None where the history already leads as far: of a run whose event was written
-        and whose checkpoints were not yet moved.
+        limits: `config.guards`.
     """
-    spiked = at + 1 - first_of_row(guard, at)
-    resume = max(row, row + (skip_batches - spiked) * batch_size)
+    late = lateness(guard, limits)
+    spiked = int(guard.spikes_in_a_row) + int(guard.bad_in_a_row) - late
+    skipped = max(spiked, limits.skip_batches)
     start = resume_row(events, step, next_row)
-    if start >= resume:
-        return None
+    resume = max(start + batch_size, row + (skipped - spiked - late) * batch_size)
     return {"event": EVENT, "step": step, "next_row": start, "resume_row": resume}
 
 

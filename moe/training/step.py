@@ -42,6 +42,7 @@ class Hyper(NamedTuple):
     dropout: Scalar
     update_options: dict[str, Any]  # of the router's state update
     spike_sigmas: Scalar  # above the mean of recent losses; read where `Plan.spikes`
+    spikes: Scalar  # in a row after which nothing is learned until the run goes back; as above
 
 
 class StepMetrics(NamedTuple):
@@ -133,7 +134,9 @@ def train_step(
     router = update_router(plan.spec, state.router, aux.totals, cost, hyper.update_options)
     # Moments are sums of finite numbers: squares of gradients are no larger than that of their norm.
     finite = guards.all_finite((aux.losses, trial.grad_norm, trial.params, router))
-    spike = plan.spikes & guards.is_spike(state.guard, cost, hyper.spike_sigmas)
+    spike = plan.spikes & guards.is_spike(
+        state.guard, cost, finite, hyper.spike_sigmas, hyper.spikes
+    )
     guard, applied = guards.advance(state.guard, cost, finite, spike), finite & ~spike
 
     def learn() -> tuple[PyTree, optax.OptState]:

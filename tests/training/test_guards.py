@@ -132,9 +132,49 @@ def test_the_bound_is_mean_and_deviation_of_the_window(sigmas):
     losses = np.asarray([2.0, 2.5, 3.0, 2.25], np.float32)
     guard = guards.fresh(4)._replace(losses=jnp.asarray(losses), filled=jnp.int32(4))
     bound = losses.mean() + sigmas * losses.std()
-    assert not bool(guards.is_spike(guard, jnp.float32(bound - 1e-4), sigmas))
-    assert bool(guards.is_spike(guard, jnp.float32(bound + 1e-4), sigmas))
-    assert not bool(guards.is_spike(guard._replace(filled=jnp.int32(3)), jnp.float32(99.0), sigmas))
+    assert not is_spike(guard, bound - 1e-4, sigmas=sigmas)
+    assert is_spike(guard, bound + 1e-4, sigmas=sigmas)
+    assert not is_spike(guard, bound + 1e-4, finite=False, sigmas=sigmas)
+    assert not is_spike(guard._replace(filled=jnp.int32(3)), 99.0, sigmas=sigmas)
+
+
+def is_spike(guard: guards.GuardState, loss: float, *, finite: bool = True, sigmas=6.0) -> bool:
+    return bool(guards.is_spike(guard, jnp.float32(loss), jnp.asarray(finite), sigmas, 3))
+
+
+LOW, HIGH, BROKEN = (
+    (2.0, True),
+    (9.0, True),
+    (9.0, False),
+)  # loss of a step, and whether it is finite
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),  # skipped, bad in a row, longest such row, spikes in a row
+    [
+        ([HIGH, HIGH, LOW], (2, 0, 0, 0)),
+        ([HIGH, BROKEN, HIGH, LOW, HIGH], (4, 0, 1, 1)),
+        ([BROKEN, BROKEN, LOW, BROKEN], (3, 1, 2, 0)),
+        ([HIGH, HIGH, HIGH], (3, 0, 0, 3)),
+        ([HIGH, HIGH, HIGH, LOW, HIGH, LOW], (6, 0, 0, 6)),  # complete: it ends by itself no more
+        ([HIGH, HIGH, BROKEN, HIGH, BROKEN, LOW, BROKEN], (7, 1, 1, 6)),
+        ([BROKEN, BROKEN, HIGH, HIGH, BROKEN, LOW], (5, 0, 3, 0)),
+    ],
+)
+def test_what_ends_a_row(steps, expected):
+    window = jnp.asarray([2.0, 2.5, 3.0, 2.25])
+    guard = guards.fresh(4)._replace(losses=window, filled=jnp.int32(4))
+    for loss, finite in steps:
+        spike = jnp.asarray(is_spike(guard, loss, finite=finite))
+        before, guard = guard, guards.advance(guard, jnp.float32(loss), jnp.asarray(finite), spike)
+        if guard.skipped > before.skipped:
+            assert_same(on_host(guard.losses), on_host(before.losses))
+    assert tuple(int(count) for count in guard[:4]) == expected
+    assert counts_after_rest(guard) == (*expected[:1], 0, expected[2], 0)
+
+
+def counts_after_rest(guard: guards.GuardState) -> tuple[int, ...]:
+    return tuple(int(count) for count in guards.rested(guard)[:4])
 
 
 def test_one_bad_microbatch_skips_the_whole_step():

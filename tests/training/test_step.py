@@ -60,6 +60,7 @@ def hyper(config: ConfigDict) -> Hyper:
         dropout=config.model.dropout,
         update_options=options,
         spike_sigmas=config.guards.spike_sigmas or 0.0,
+        spikes=config.guards.spikes,
     )
 
 
