@@ -70,6 +70,7 @@ class Watchdog:
         if self._seconds:
             if sys.platform == "linux":
                 self._watcher = _Watcher(2 * (self._seconds + _TELLING), self._nap)
+            self._put_off()
             self._thread.start()
         return self
 
@@ -107,13 +108,16 @@ class Watchdog:
         if self._watcher is not None:
             self._watcher.tell(lambda: self._patience > 0)
 
+    def _put_off(self) -> None:
+        """What is only ever due if the thread cannot run; later than the thread is in any case."""
+        self._tell_watcher()
+        faulthandler.dump_traceback_later(2 * self._seconds + _TELLING, file=_STDERR)
+
     def _watch(self) -> None:
         silent = 0.0
         try:
             while True:
-                self._tell_watcher()
-                # Only ever due if this thread cannot run. Later than it would be in any case.
-                faulthandler.dump_traceback_later(2 * self._seconds + _TELLING, file=_STDERR)
+                self._put_off()
                 before = time.monotonic()
                 if self._end.wait(self._nap):
                     return
@@ -160,7 +164,6 @@ class _Watcher:
                 [sys.executable, "-I", "-S", watcher.__file__, *numbers],
                 stdin=read,
                 stdout=subprocess.DEVNULL,
-                process_group=0,  # Ctrl-C and Ctrl-Z on the terminal are for the run
             )
         except OSError as error:
             _warn(error)

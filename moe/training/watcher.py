@@ -19,7 +19,7 @@ WATCH = b"w"
 PATIENCE = b"p"
 _STDIN, _STDERR = 0, 2
 _TELLING = 2.0  # seconds at most: the reader of stderr may be what hangs
-_OTHERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTTOU)
+_OTHERS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM)
 
 
 def silence(parent: int, limit: float, nap: float) -> float | None:
@@ -34,19 +34,16 @@ def silence(parent: int, limit: float, nap: float) -> float | None:
         nap: seconds between two looks.
 
     Returns:
-        The seconds of silence, more than `limit`; None where the parent has ended or is done.
+        The seconds of silence, more than `limit`; None where the parent has ended.
     """
     silent, patient = 0.0, False
     while silent <= limit:
         stopped, before = is_stopped(parent), time.monotonic()
         if select.select([_STDIN], [], [], nap)[0]:
-            told = os.read(_STDIN, 4096)
-            if not told:
-                return None
-            silent, patient = 0.0, told.endswith(PATIENCE)
+            silent, patient = 0.0, os.read(_STDIN, 4096).endswith(PATIENCE)
         elif not (patient or stopped or is_stopped(parent)):
             silent += min(time.monotonic() - before, 2 * nap)
-        if os.getppid() != parent:  # killed, and a child of it holds the pipe open
+        if os.getppid() != parent:
             return None
     return silent
 
@@ -63,7 +60,7 @@ def is_stopped(process: int) -> bool:
 
 def main(parent: int, limit: float, nap: float) -> None:
     """Watches the parent to its end, or ends it."""
-    for number in _OTHERS:  # what ends a run is not meant for who watches it
+    for number in _OTHERS:  # to the whole group: what asks a run to stop is not for who watches it
         signal.signal(number, signal.SIG_IGN)
     silent = silence(parent, limit, nap)
     if silent is None:

@@ -1,5 +1,12 @@
 """The watchdog in processes of its own: what it ends, and what it leaves alone."""
 
+from collections.abc import Callable
+import errno
+import fcntl
+import itertools
+import os
+from pathlib import Path
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +18,7 @@ from absl import flags
 import pytest
 
 from moe.errors import EXIT_STUCK, ConfigError
-from moe.training import watchdog
+from moe.training import watchdog, watcher
 from moe.training.watchdog import Watchdog
 
 
@@ -52,7 +59,7 @@ def test_a_stderr_that_nobody_reads_does_not_keep_a_stuck_run_alive():
     child = start(
         """
         import os, time
-        from moe.training import watchdog
+        from moe.training import watchdog, watcher
         watchdog._TELLING = 0.5
         os.set_blocking(2, False)
         try:
@@ -71,11 +78,36 @@ def test_a_stderr_that_nobody_reads_does_not_keep_a_stuck_run_alive():
             child.kill()
 
 
+def watcher_of(child: subprocess.Popen) -> int:
+    """The process beside it."""
+    (pid,) = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    return int(pid)
+
+
+def ask_to_stop(pid: int) -> None:
+    """As a signal to the whole group does, once it is past its first lines."""
+    wait_until(lambda: bool(ignored(pid) >> (signal.SIGTERM - 1) & 1))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(pid, number)
+
+
+def ignored(pid: int) -> int:
+    (line,) = re.findall(r"SigIgn:\s(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return int(line, 16)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_a_c_call_that_keeps_the_interpreter_is_shown_and_killed():
     child = start(
         """
         import ctypes, os
-        from moe.training import watchdog
+        from moe.training import watchdog, watcher
         watchdog._TELLING = 0.5
         def calls():
             ctypes.PyDLL(None).sleep(600)  # PyDLL: without giving up the interpreter's lock
@@ -89,6 +121,7 @@ def test_a_c_call_that_keeps_the_interpreter_is_shown_and_killed():
             assert child.stdout is not None
             assert child.stdout.readline() == "calls\n"
             began = time.monotonic()
+            ask_to_stop(watcher_of(child))
             _, errors = child.communicate(timeout=60)
             seconds = time.monotonic() - began
         finally:
@@ -103,7 +136,7 @@ def test_a_c_call_that_keeps_the_interpreter_is_shown_and_killed():
 
 WATCHED = """
     import ctypes, os
-    from moe.training import watchdog
+    from moe.training import watchdog, watcher
     watchdog._TELLING = 0.1
     libc = ctypes.PyDLL(None)  # PyDLL: without giving up the interpreter's lock
     class Deaf(watchdog.Watchdog):  # the thread has no part in it
@@ -137,7 +170,8 @@ def test_patience_for_a_c_call_that_keeps_the_interpreter():
         finally:
             child.kill()
     assert child.returncode == -signal.SIGKILL
-    assert errors.startswith("patient\nStuck: for 1 s")
+    assert "patient\n" in errors
+    assert errors.splitlines()[-1].startswith("Stuck: for 1 s")
 
 
 def test_a_process_that_was_stopped_is_not_killed():
@@ -161,6 +195,69 @@ def test_a_process_that_was_stopped_is_not_killed():
             child.kill()
     assert child.returncode == 0, errors
     assert "Stuck" not in errors
+
+
+def test_a_watcher_ends_with_a_process_that_was_killed():
+    """Though a child of it holds the pipe open."""
+    child = watched(
+        0.5,
+        """
+        os.write(1, b"ready\\n")
+        if os.fork() == 0:
+            libc.sleep(10)
+            os._exit(0)
+        libc.sleep(600)
+        """,
+    )
+    with child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        watchers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+        child.kill()
+        wait_until(lambda: not Path(f"/proc/{watchers[0]}").exists())
+
+
+def test_silence_is_counted_in_naps(monkeypatch):
+    """Whatever the clock says after a machine was suspended: limit 10 in naps of 1 are at least 6."""
+    looks, clock = [], itertools.count(0, 3600)
+    monkeypatch.setattr(watcher.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(watcher, "is_stopped", lambda pid: False)
+    monkeypatch.setattr(watcher.select, "select", lambda *args: looks.append(args) or ([], [], []))
+    assert watcher.silence(os.getppid(), 10.0, 1.0) == 12.0
+    assert len(looks) == 6
+
+
+def test_a_watcher_that_is_gone_is_told_once_and_the_run_goes_on(caplog):
+    with Watchdog(60.0) as dog:
+        assert dog._watcher is not None
+        assert dog._watcher._process is not None
+        dog._watcher._process.kill()
+        dog._watcher._process.wait()
+        for _ in range(2):
+            with dog.patient("compilation"):
+                pass
+    assert [record.message[:28] for record in caplog.records] == ["No process watches this one "]
+
+
+def test_a_watcher_that_cannot_start_is_told_and_the_run_goes_on(caplog, monkeypatch):
+    def none_left(*args: object, **named: object) -> None:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(watchdog.subprocess, "Popen", none_left)
+    with Watchdog(60.0) as dog, dog.patient("compilation"):
+        pass
+    (told,) = [record.message for record in caplog.records]
+    assert "(Resource temporarily unavailable)" in told
+
+
+def test_a_watcher_that_is_stopped_holds_nothing_up():
+    with Watchdog(60.0) as dog:
+        assert dog._watcher is not None
+        assert dog._watcher._process is not None
+        dog._watcher._process.send_signal(signal.SIGSTOP)
+        fcntl.fcntl(dog._watcher._pipe, fcntl.F_SETPIPE_SZ, 4096)
+        for _ in range(5000):
+            dog._tell_watcher()
 
 
 def test_a_process_that_was_stopped_goes_on():
