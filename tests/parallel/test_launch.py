@@ -17,6 +17,14 @@ from tests.faults.harness import Child, only_one
 from tests.faults.harness import Ended as Done
 
 LAUNCH = str(Path(__file__).parents[2] / "scripts" / "launch.py")
+# The same where people's patience is not what is tested.
+HASTY = """
+import runpy, sys
+from moe.parallel import launch
+launch.GRACE_SECONDS, launch._LONGEST_PAUSE = 0.2, 0.05
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 PATIENCE = 120.0  # of a machine that is shared
 
 # What each program starts with: its number, and a file of its own for each start.
@@ -38,14 +46,18 @@ def die(number):
 """
 
 
-def start(tmp_path: Path, program: str, *flags: str) -> Child:
+def command_of(tmp_path: Path, program: str, *flags: str) -> list[str]:
     (tmp_path / "program.py").write_text(PRELUDE + textwrap.dedent(program))
-    command = [sys.executable, LAUNCH, *flags, "--", str(tmp_path / "program.py")]
-    return Child([*command, f"--workdir={tmp_path}"], {})
+    return [LAUNCH, *flags, "--", str(tmp_path / "program.py"), f"--workdir={tmp_path}"]
+
+
+def start(tmp_path: Path, program: str, *flags: str) -> Child:
+    return Child([sys.executable, *command_of(tmp_path, program, *flags)], {})
 
 
 def run(tmp_path: Path, program: str, *flags: str) -> Done:
-    with start(tmp_path, program, *flags) as child:
+    command = [sys.executable, "-c", HASTY, *command_of(tmp_path, program, *flags)]
+    with Child(command, {}) as child:
         ended = child.finish(PATIENCE)
     assert_no_children(tmp_path)
     return ended
@@ -106,10 +118,11 @@ def test_one_process_is_no_run_of_several(tmp_path):
     assert set(one["flags"]) == {"workdir", "cpu_devices"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_passed_on_once_and_nothing_starts_again(number, tmp_path):
+    """A terminal that is closed asks to stop, as SIGTERM does."""
     program = """
-    listen(signal.SIGTERM, 75), listen(signal.SIGINT, 75)
+    listen(signal.SIGTERM, 75), listen(signal.SIGHUP, 1)
     say(f"ready {me}")
     time.sleep(100)
     """
@@ -118,7 +131,7 @@ def test_a_signal_is_passed_on_once_and_nothing_starts_again(number, tmp_path):
         child.signal(number)
         ended = child.finish(PATIENCE)
     assert ended.code == 75, ended.text
-    assert ended.text.count(f"asked {int(number)}") == 2
+    assert ended.text.count(f"asked {int(signal.SIGTERM)}") == 2
     assert "launch:" not in ended.text
     assert_no_children(tmp_path)
 
@@ -131,19 +144,22 @@ def wait_for_all(child: Child, *lines: str) -> None:
 
 
 def test_ctrl_c_of_a_terminal_reaches_the_launcher_alone(tmp_path):
-    """A terminal signals the whole group of the launcher: its children are in groups of their own."""
+    """A terminal signals the whole group of the launcher: its children are in groups of their own.
+
+    Nor do they read what is typed: several would take it from each other.
+    """
     program = """
     listen(signal.SIGINT, 75)
-    say(f"ready {os.getpgid(0) == os.getpid()}")
+    silent = os.path.samestat(os.fstat(0), os.stat(os.devnull))
+    say(f"ready {os.getpgid(0) == os.getpid()} {silent}")
     time.sleep(100)
     """
-    (tmp_path / "program.py").write_text(PRELUDE + textwrap.dedent(program))
-    command = [LAUNCH, "--", str(tmp_path / "program.py"), f"--workdir={tmp_path}"]
+    command = [sys.executable, *command_of(tmp_path, program)]
     with subprocess.Popen(
-        [sys.executable, *command], stdout=subprocess.PIPE, text=True, process_group=0
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0
     ) as launcher:
         assert launcher.stdout is not None
-        assert launcher.stdout.readline() == "ready True\n"
+        assert launcher.stdout.readline() == "ready True True\n"
         os.killpg(launcher.pid, signal.SIGINT)
         assert launcher.communicate(timeout=PATIENCE)[0] == "asked 2\n"
     assert launcher.returncode == 75
@@ -165,6 +181,7 @@ def test_a_second_ctrl_c_kills_all_at_once(tmp_path):
         ended = child.finish(PATIENCE)
     assert ended.code == 130, ended.text
     assert time.monotonic() - began < 10
+    assert ended.text.count("not yet") == 2  # each was told once
     assert_no_children(tmp_path)
 
 
@@ -177,31 +194,43 @@ def test_a_signal_before_the_program_listens_loses_nothing(tmp_path):
 
 
 def test_the_others_of_a_failed_process_end_in_bounded_time_even_stopped_ones(tmp_path):
-    """Process 1 fails; 2 aborts, as a process does without its peers; 0 stands still for ever."""
+    """Process 1 loses a connection, 2 aborts without its peers, 0 stands still for ever.
+
+    The SIGKILL that 0 gets from the launcher is not why they ended: it would start them again.
+    """
     program = """
     if me == 0:
         die(signal.SIGSTOP)
     if me == 2:
-        time.sleep(0.5)
+        time.sleep(0.3)
         die(signal.SIGABRT)
-    sys.exit(3)
+    sys.exit(1)
     """
     ended = run(tmp_path, program, "--processes=3", "--heartbeat=1", "--restarts=3")
-    assert ended.code == 3, ended.text
+    assert ended.code == 1, ended.text
     assert "launch: process 0 has outlived the others: killed" in ended.text
-    assert 6 <= ended.seconds < 6 + 20
+    assert 1.2 <= ended.seconds < 1.2 + 20
     assert len(told(tmp_path)) == 3
 
 
 def test_what_a_process_has_started_goes_with_it(tmp_path):
+    """At once: process 0 waits for it, and its number may be of another group when the run ends."""
     program = """
     import subprocess
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
-    with open(f"{here}/start-9-0", "w") as file:
-        json.dump({"pid": other.pid}, file)
-    os._exit(0)
+    if me == 1:
+        other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+        with open(f"{here}/start-9-0.tmp", "w") as file:
+            json.dump({"pid": other.pid}, file)
+        os.rename(f"{here}/start-9-0.tmp", f"{here}/start-9-0")
+        os._exit(0)
+    while not os.path.exists(f"{here}/start-9-0"):
+        time.sleep(0.02)
+    with open(f"{here}/start-9-0") as file:
+        pid = json.load(file)["pid"]
+    while os.path.exists(f"/proc/{pid}") and "Z" not in open(f"/proc/{pid}/stat").read().rpartition(")")[2]:
+        time.sleep(0.02)
     """
-    assert run(tmp_path, program).code == 0
+    assert run(tmp_path, program, "--processes=2").code == 0
 
 
 def test_children_die_with_a_launcher_that_is_killed(tmp_path):
@@ -218,7 +247,6 @@ def test_children_die_with_a_launcher_that_is_killed(tmp_path):
     [
         (["sys.exit(75)", "sys.exit(70)", "die(9)", "die(6)", "die(11)"], 0, 6),
         (["sys.exit(75)", "sys.exit(3)"], 3, 2),
-        *(([f"sys.exit({code})"], code, 1) for code in (1, 2, 4, 5, 6, 130)),
     ],
 )
 def test_what_is_started_again(ends, code, starts, tmp_path):
