@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from moe.data import batches as batches_module
 from moe.data.open import make_data
 from moe.data.tokenizers import from_json
 from moe.errors import CheckpointError, ConfigError, DataError
@@ -146,6 +147,15 @@ def test_a_place_in_other_data_is_refused(section, changes, seed, key):
     other = make_data(section(**changes), seed=seed)
     with pytest.raises(CheckpointError, match=key):
         other.train_batches(start_state=state)
+
+
+def test_a_place_of_other_code_is_refused(section, monkeypatch):
+    data = make_data(section(), seed=0)
+    state = data.train_batches().get_state()
+    assert state["code"] == data.code
+    monkeypatch.setattr(batches_module, "code_of", lambda kind: f"other {kind}")
+    with pytest.raises(CheckpointError, match=r"code was .* and is now 'other text'"):
+        data.train_batches(start_state=state)
 
 
 def test_other_text_or_a_broken_state_is_refused(section, corpus):

@@ -12,7 +12,7 @@ from moe.data import batches as batches_module
 from moe.data import pipeline
 from moe.data.order import ENDLESS, Block, stack
 from moe.data.pack import Row
-from moe.data.place import FREE, IDENTITY, TrainBatches
+from moe.data.place import FREE, IDENTITY, LATER, TrainBatches
 from moe.errors import CheckpointError, ConfigError
 
 DATA = Path(batches_module.__file__).parent
@@ -80,6 +80,28 @@ def test_a_place_far_away_is_as_exact(row, size):
     assert batches.next_row == row + size
 
 
+def test_what_reads_ahead_is_closed_before_it_goes_elsewhere():
+    class Ahead:
+        closed = 0
+
+        def __next__(self):
+            return None
+
+        def close(self):
+            self.closed += 1
+
+    made = [Ahead(), Ahead()]
+    left = iter(made)
+    batches = TrainBatches(lambda row: next(left), SAME, 4)
+    next(batches)
+    batches.go_to(8)
+    assert [one.closed for one in made] == [1, 0]
+    next(batches)
+    batches.close()
+    batches.close()
+    assert [one.closed for one in made] == [1, 1]
+
+
 def changed(key):
     return {**SAME, key: {"a": 1.0} if key == "weights" else "other"}
 
@@ -135,6 +157,16 @@ def test_a_name_that_cannot_be_allowed():
 def test_a_place_that_is_no_number_is_refused(broken):
     with pytest.raises(CheckpointError, match="damaged"):
         open_batches(4).set_state(SAME | broken)
+
+
+@pytest.mark.parametrize("key", LATER)
+def test_a_state_of_an_older_format_says_nothing_of_what_came_later(key):
+    same = SAME | {"too_long": "keep"}
+    state = open_batches(4, same=same).get_state()
+    with pytest.raises(CheckpointError, match=key):
+        open_batches(4, same=same | {key: "other"}).set_state(state)
+    del state[key]
+    assert open_batches(4, same=same).set_state(state) == {}
 
 
 def test_a_state_without_seed_is_refused():
@@ -255,9 +287,10 @@ def test_the_code_of_each_kind_is_of_all_its_modules(monkeypatch, tmp_path):
     before = {kind: pipeline.code_of(kind) for kind in pipeline.IN_CODE}
     monkeypatch.setattr(pipeline, "__file__", str(tmp_path / "pipeline.py"))
     for path in tmp_path.iterdir():
+        path.write_text(f"{path.read_text()}\n# a comment\n")
+    assert {kind: pipeline.code_of(kind) for kind in pipeline.IN_CODE} == before
+    for path in tmp_path.iterdir():
         source = path.read_text()
-        path.write_text(f"{source}\n# a comment\n")
-        assert {kind: pipeline.code_of(kind) for kind in pipeline.IN_CODE} == before
         path.write_text(f"{source}\nADDED = 1\n")
         for kind, names in pipeline.IN_CODE.items():
             assert (pipeline.code_of(kind) != before[kind]) == (path.stem in names), (path, kind)
