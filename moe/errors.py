@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 import difflib
+import signal
 from typing import TypeVar
 
 Row = TypeVar("Row")
@@ -72,3 +73,17 @@ def find_row(table: Mapping[str, Row], key: str, name: str, kind: str) -> Row:
 EXIT_STUCK = 70
 # A run that was asked to stop (SIGTERM, Ctrl-C) and has saved its state: start it again to go on.
 EXIT_PREEMPTED = 75
+
+# How a run may end so that starting it again is worth it; the launcher, sweeps and comparisons all follow
+# this. The state is saved (75), or it stood still (70), or a signal ended it that says nothing about the
+# program: killed (memory, a peer that was lost, a machine that closes down) or broken by its surroundings.
+# Every other end would come again: a mistake in config or data, a run that diverged, a full disk, a bug.
+# A second Ctrl-C (130) is somebody's wish. `docs/reliability.md` has the table for people.
+STARTED_AGAIN = frozenset(
+    {EXIT_PREEMPTED, EXIT_STUCK}
+    | {-n for n in (signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGTERM)}
+)
+# So often at one place of the run: a third end there would be followed by a fourth. What counts as getting
+# further is not the same: the launcher starts commands of which it knows checkpoints alone; sweeps and
+# comparisons know their trainers' metrics too, and their runs may be so short that one save is all.
+RESTARTS_IN_PLACE = 2

@@ -2,10 +2,7 @@
 
 No JAX in here: what watches a run starts at once and is small beside it.
 
-What is started again: a run that was interrupted by others than the launcher (75, SIGTERM), that was
-stuck (70), or that a signal ended which says nothing about the program (SIGKILL, SIGABRT of those who
-lost a peer, SIGSEGV, SIGBUS). Every other exit code would come again: a mistake in config or data,
-a run that diverged, a full disk, a bug.
+What is started again is `moe.errors.STARTED_AGAIN`, unless it was the launcher that was asked to stop.
 """
 
 from collections.abc import Sequence
@@ -21,22 +18,17 @@ import time
 from types import FrameType
 from typing import Any, NamedTuple
 
-from moe.errors import EXIT_PREEMPTED, EXIT_STUCK
+from moe.errors import EXIT_PREEMPTED, RESTARTS_IN_PLACE, STARTED_AGAIN
 from moe.parallel.orphans import tied
 from moe.parallel.relay import Relay, say
 
 GRACE_SECONDS = 5.0  # beyond the heartbeat, for the others of a process that failed
-FRUITLESS_RESTARTS = 2  # in a row without a newer checkpoint
 EXIT_CTRL_C = 128 + signal.SIGINT
 PASSED_ON = {
     signal.SIGINT: signal.SIGINT,
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGHUP: signal.SIGTERM,  # the terminal was closed
 }
-_AGAIN = (
-    *(EXIT_PREEMPTED, EXIT_STUCK),
-    *(-signal.SIGKILL, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGTERM),
-)
 _LATER = (1, EXIT_PREEMPTED, -signal.SIGABRT)  # what the loss of a peer may look like
 _LONGEST_PAUSE = 8.0
 
@@ -86,7 +78,7 @@ def launch(plan: Plan) -> int:
             fruitless = 0 if now > before else fruitless + 1
             if asked.number is not None:
                 return asked.exit_code(cause)
-            if cause.code not in _AGAIN or not _may_restart(plan, restarts, fruitless):
+            if cause.code not in STARTED_AGAIN or not _may_restart(plan, restarts, fruitless):
                 return shell_code(cause.code)
             restarts += 1
             at = f"step {now}" if now >= 0 else "no checkpoint"
@@ -101,7 +93,7 @@ def _may_restart(plan: Plan, restarts: int, fruitless: int) -> bool:
         if plan.restarts:
             say(f"all {plan.restarts} restarts are used up")
         return False
-    if fruitless > FRUITLESS_RESTARTS:
+    if fruitless > RESTARTS_IN_PLACE:
         say(f"no newer checkpoint in {fruitless} starts: it would end like this again")
         return False
     return True

@@ -6,17 +6,13 @@ from pathlib import Path
 import signal
 import subprocess
 
-from moe.errors import EXIT_PREEMPTED, EXIT_STUCK, DivergedError, ResourceError
+from moe.errors import EXIT_STUCK, RESTARTS_IN_PLACE, STARTED_AGAIN, DivergedError, ResourceError
 from moe.report.records import parse_record
-from moe.sweep.storage import redacted
+from moe.sweep.address import redacted
 
 KILL_SECONDS = 120.0  # between SIGTERM and SIGKILL: time to save a checkpoint
 LOG_TAIL = 2000  # characters of a failed run's output that are kept
 TAIL_BYTES = 1 << 16  # of a file that are looked at
-
-# Ends after which a trainer is started again: how often at one place of the run.
-ENDS = {EXIT_PREEMPTED: 3, EXIT_STUCK: 2}
-KILLS = 1
 
 CAUSES = {
     DivergedError.exit_code: "diverged: ",
@@ -28,8 +24,8 @@ CAUSES = {
 class Restarts:
     """Says whether a trainer that ended is started again.
 
-    One that saved and stopped by itself, one that its watchdog ended, and one that was killed are:
-    as long as they get further, and a few times where they do not.
+    It is after the ends of `STARTED_AGAIN`, as long as it gets further, and `RESTARTS_IN_PLACE` times where
+    it does not.
 
     Args:
         progress: of the run on disk; grows when it gets further.
@@ -45,8 +41,7 @@ class Restarts:
         reached = self._progress()
         self._here = 1 if reached > self._best else self._here + 1
         self._best = max(reached, self._best)
-        allowed = KILLS if code < 0 else ENDS.get(code, 0)
-        return self._here <= allowed
+        return code in STARTED_AGAIN and self._here <= RESTARTS_IN_PLACE
 
     def text(self) -> str:
         """How often it was started again for nothing, "" if it was not."""
@@ -68,10 +63,15 @@ def _last_logged(path: Path) -> int:
     return max((record["step"] for record in records if record is not None), default=0)
 
 
-def _tail(path: Path) -> str:
+def size(path: Path) -> int:
+    """Bytes of a file, 0 of one that is not there."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def _tail(path: Path, since: int = 0) -> str:
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
-        file.seek(max(0, end - TAIL_BYTES))
+        file.seek(max(since, end - TAIL_BYTES))
         return file.read().decode("utf-8", errors="replace")
 
 
@@ -86,9 +86,15 @@ def terminate(process: "subprocess.Popen[bytes]", seconds: float = KILL_SECONDS)
     return process.wait()
 
 
-def failure_text(code: int, log: Path) -> str:
-    """The exit code and the end of the output, where an entry point writes its message; no passwords."""
-    text = redacted(_tail(log)).strip()[-LOG_TAIL:]
+def failure_text(code: int, log: Path, since: int = 0) -> str:
+    """The exit code and the end of the output, where an entry point writes its message; no passwords.
+
+    Args:
+        code: of the trainer.
+        log: its output, after that of earlier attempts.
+        since: bytes of those.
+    """
+    text = redacted(_tail(log, since)).strip()[-LOG_TAIL:]
     if code < 0:
         name = signal.Signals(-code).name
         return f"killed by {name} (the system kills processes when memory runs out). {text}"

@@ -17,6 +17,8 @@ from moe.sweep.table import to_csv
 from moe.training.recording import read_records
 from tests.sweep.common import COMMAND, ROOT, events, write_sweep
 
+PATIENCE = 180  # seconds for what takes a few on a quiet machine
+
 # The sweep as a process of its own, so that it can be killed.
 PROGRAM = f"""
 import sys
@@ -56,7 +58,7 @@ def start(tmp_path, path, workdir, workers=2):
     )
 
 
-def wait_for(condition, seconds=30):
+def wait_for(condition, seconds=PATIENCE):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
@@ -93,7 +95,7 @@ def test_grid_with_failures_runs_to_its_table(tmp_path):
     assert "router.k=9 is above" in errors["fail"]
     assert errors["nan"] == "diverged: bits_per_byte is nan at step 40."
     assert "SIGKILL" in errors["crash"]
-    assert "started again 3 times without getting further: exit code 75" in errors["stuck"]
+    assert "started again 2 times without getting further: exit code 75" in errors["stuck"]
     starts = events(tmp_path / "work", "start")
     assert f"--config.data.text_feature={modes[0]}" in starts[0]["argv"]
     assert {"--config.router.k=4", "--config.steps=40", "--config.seed=0"} <= set(starts[0]["argv"])
@@ -129,7 +131,7 @@ def test_killed_sweep_goes_on_where_it_was(tmp_path):
     assert len(finished_runs(work)) < 6
 
     again = start(tmp_path, path, work)
-    assert again.wait(60) == 0
+    assert again.wait(PATIENCE) == 0
     assert any(event["resumed"] for event in events(work, "start"))
     for trial in range(3):
         for seed in range(2):
@@ -153,7 +155,7 @@ def test_stopped_sweep_saves_and_exits_75(tmp_path):
     sweep = start(tmp_path, path, work, workers=1)
     wait_for(lambda: (work / "log.jsonl").exists() and events(work, "step"))
     sweep.send_signal(signal.SIGTERM)
-    assert sweep.wait(30) == 75
+    assert sweep.wait(PATIENCE) == 75
     assert finished_runs(work) == []
     assert (work / "results.csv").exists()
     outcome, _ = run(path, work)
