@@ -3,7 +3,8 @@
     python3 scripts/compare_routers.py --config=configs/sweeps/routers.py --workdir=runs/routers --workers=2
 
 Writes results.csv, results.txt and report.html in the workdir. Run the same command again to go on: a
-finished run is never run again. `--config.key=value` changes a key for all arms.
+finished run is never run again, one that failed is, from its newest checkpoint. `--config.key=value` changes
+a key for all arms.
 """
 
 from pathlib import Path
@@ -50,6 +51,12 @@ def main(argv: list[str]) -> int:
         )
     print(text)
     print(f"{workdir}/results.csv  {page}")
+    failed = sum(row.state == "failed" for row in rows)
+    if failed:
+        print(
+            f"{failed} of {len(rows)} arms failed. Once the cause is mended, run the same command: their "
+            "seeds without a result go on from their newest checkpoints."
+        )
     return outcome.exit_code
 
 

@@ -10,21 +10,28 @@ Many machines work on one sweep with the same command, a workdir each and one da
     python3 -m pip install -e '.[postgres]'
     python3 scripts/sweep.py --config=... --workdir=... --storage=postgresql+psycopg://user@host/name
 
-A machine that is silent for ten heartbeats is taken for dead, and others do its trials. A password in
-the address would stand in the list of processes: libpq also takes it from PGPASSWORD or ~/.pgpass.
+A machine that is silent for ten heartbeats is taken for dead, and others do its trials. A password belongs
+into ~/.pgpass or PGPASSWORD, or the whole address into a variable or a file of yours: --storage=env:NAME,
+--storage=file:PATH. On the command line, where every user of the machine reads it, it is refused.
+
+Points that failed stay as they are, until you run the same command with --retry_failed: each is tried once
+more, from its newest checkpoint.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+import shlex
 import sys
 
 from absl import flags
 
 from moe import cli
+from moe.sweep.address import take_address
 from moe.sweep.load import load_sweep
 from moe.sweep.run import run_sweep
 from moe.sweep.storage import PATIENCE_SECONDS
 from moe.sweep.study import HEARTBEAT_SECONDS
-from moe.sweep.table import to_text
+from moe.sweep.table import Row, to_text
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
@@ -34,7 +41,13 @@ flags.DEFINE_integer("workers", 1, "Trials that train at once on this machine.",
 flags.DEFINE_string(
     "storage",
     None,
-    "Optuna database address; without one, a file in the workdir.",
+    "Optuna database address, or where it stands: env:NAME or file:PATH; without it, a file in the workdir.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_bool(
+    "retry_failed",
+    False,
+    "Runs the points that have failed again, from their checkpoints.",
     flag_values=FLAGS,
 )
 flags.DEFINE_float(
@@ -60,20 +73,36 @@ def main(argv: list[str]) -> int:
     rest, path, overrides = cli.split_overrides(argv)
     cli.parse_flags(rest, FLAGS)
     cli.require_flags(config=path, workdir=FLAGS.workdir)
+    storage = None if FLAGS.storage is None else take_address(FLAGS.storage)
     sweep = load_sweep(str(path), overrides)
     outcome = run_sweep(
         sweep,
         FLAGS.workdir,
         command=[sys.executable, str(TRAIN)],
         workers=FLAGS.workers,
-        storage=FLAGS.storage,
+        storage=storage,
+        retry_failed=FLAGS.retry_failed,
         heartbeat=FLAGS.heartbeat,
         patience=FLAGS.patience,
         announce=lambda line: print(line, flush=True),
     )
     print(to_text(outcome.rows, sweep))
     print(f"{FLAGS.workdir}/results.csv  {FLAGS.workdir}/report.html")
+    print(failures(outcome.rows, argv), end="")
     return outcome.exit_code
+
+
+def failures(rows: Sequence[Row], argv: Sequence[str]) -> str:
+    """How many points failed and the command that runs them again; nothing without any."""
+    failed = sum(row.state == "failed" for row in rows)
+    if not failed:
+        return ""
+    command = [word for word in argv if word.lstrip("-").partition("=")[0] != "retry_failed"]
+    again = shlex.join(["python3", *command, "--retry_failed"])
+    return (
+        f"{failed} of {len(rows)} points failed. Once the cause is mended, run them again; each goes on from "
+        f"its newest checkpoint:\n    {again}\n"
+    )
 
 
 if __name__ == "__main__":

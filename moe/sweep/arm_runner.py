@@ -19,7 +19,7 @@ from moe.parallel.orphans import tied
 from moe.sweep.arms import Arm, Comparison, difference
 from moe.sweep.run import check_place, share_of_cores
 from moe.sweep.storage import FULL, GO_ON
-from moe.sweep.trainer import Restarts, failure_text, reached, terminate
+from moe.sweep.trainer import Restarts, failure_text, reached, size, terminate
 from moe.sweep.worker import Stop
 
 RESULT = "result.json"
@@ -187,6 +187,7 @@ def _run(job: _Job, arm: Arm) -> str:
     folder = job.workdir / arm.name
     folder.mkdir(exist_ok=True)
     log = folder / "log.txt"
+    before = size(log)
     restarts = Restarts(lambda: _progress(folder))
     while True:
         missing = _missing(job, arm)
@@ -197,7 +198,7 @@ def _run(job: _Job, arm: Arm) -> str:
         if job.stop.requested:
             return ""
         if not restarts.again(code):
-            return restarts.text() + failure_text(code, log)
+            return restarts.text() + failure_text(code, log, before)
 
 
 def _run_process(job: _Job, command: Sequence[str], log: Path) -> int:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import optuna
 
 from moe.errors import EXIT_PREEMPTED, ConfigError
-from moe.sweep import report, table
+from moe.sweep import attempts, report, table
 from moe.sweep import study as study_lib
 from moe.sweep.space import Sweep
 from moe.sweep.storage import PATIENCE_SECONDS, explained
@@ -42,6 +42,7 @@ def run_sweep(
     command: Sequence[str],
     workers: int = 1,
     storage: str | None = None,
+    retry_failed: bool = False,
     announce: Callable[[str], None] = lambda line: None,
     poll: float = WATCH_SECONDS,
     heartbeat: float = study_lib.HEARTBEAT_SECONDS,
@@ -56,6 +57,7 @@ def run_sweep(
         workers: processes that train at once on this machine.
         storage: an Optuna database address, for sweeps over many machines; None for a SQLite file in
             the workdir.
+        retry_failed: whether points that have failed are run again, from their checkpoints.
         announce: takes a line for people when a trial ends.
         poll: seconds between looks at running trainers.
         heartbeat: seconds between signs of life in the storage; after ten without one, other
@@ -74,7 +76,7 @@ def run_sweep(
     address = storage or study_lib.default_storage(workdir)
     with explained(address):
         workdir.mkdir(exist_ok=True)
-        study = study_lib.open_study(sweep, address)
+        study = study_lib.open_study(sweep, address, retry=retry_failed)
         stop = Stop().listen()
         job = Job(sweep, workdir, address, list(command), poll, (), heartbeat, patience)
         jobs = [job._replace(cores=share_of_cores(n, workers)) for n in range(workers)]
@@ -166,17 +168,17 @@ def _watch(
     poll: float,
 ) -> None:
     """Waits for the workers; passes a request to stop on to them, once."""
-    told = {t.number for t in study_lib.point_trials(study) if t.state.is_finished()}
+    told = {t.number for t in attempts.point_trials(study) if t.state.is_finished()}
     if told:
         announce(f"continuing: {len(told)} of {sweep.points} points are done")
     asked = False
     while True:
         at_work = crew.is_at_work(replace=not stop.requested)
-        for trial in study_lib.point_trials(study):
+        for trial in attempts.point_trials(study):
             if trial.state.is_finished() and trial.number not in told:
                 told.add(trial.number)
                 crew.has_decided()
-                announce(f"[{len(told)}/{sweep.points}] {_line(table.row(trial), sweep)}")
+                announce(f"[{len(told)}/{sweep.points}] {_line(table.row(study, trial), sweep)}")
         if not at_work:
             return
         if stop.requested and not asked:

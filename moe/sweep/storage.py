@@ -21,6 +21,7 @@ import sqlalchemy
 import sqlalchemy.exc
 
 from moe.errors import CheckpointError, ConfigError, ResourceError, UserError
+from moe.sweep.address import redacted, without_password
 
 PATIENCE_SECONDS = 120.0  # that a worker waits for a database that is away
 PAUSE_SECONDS = 0.5
@@ -219,7 +220,8 @@ def _no_database(error: BaseException, address: str) -> ConfigError:
     return ConfigError(
         f"--storage={address}: Optuna cannot open it ({type(error).__name__}: {_first_line(error)}). "
         "Give a database address such as sqlite:////data/sweep.db or "
-        "postgresql+psycopg://user@host/name (python3 -m pip install -e '.[postgres]')."
+        "postgresql+psycopg://user@host/name (python3 -m pip install -e '.[postgres]'), or env:NAME or "
+        "file:PATH of where it stands."
     )
 
 
@@ -253,18 +255,3 @@ def _cause(error: BaseException) -> BaseException:
 
 def _first_line(error: BaseException) -> str:
     return redacted(str(error).strip().partition("\n")[0])
-
-
-def redacted(text: str) -> str:
-    """Text without passwords of addresses: `user:SECRET@host`, `password=SECRET`."""
-    text = re.sub(r"(://[^/\s:@]*):[^/\s]*@", r"\1:***@", text)
-    return re.sub(r"(?i)(passw(?:or)?d|pwd|token|secret)=[^&\s'\"]+", r"\1=***", text)
-
-
-def without_password(url: str) -> str:
-    """A database address as it may be shown."""
-    head, at, tail = url.rpartition("@")
-    if at:
-        scheme, _, user = head.partition("://")
-        url = f"{scheme}://{user.partition(':')[0]}@{tail}"
-    return redacted(url)

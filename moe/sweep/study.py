@@ -1,10 +1,10 @@
 """The Optuna study of a sweep: filled with its points once, then claimed point by point.
 
-The study holds exactly one trial a point, made when the sweep starts and never made again. A worker
-claims a trial and holds a lock on its directory, which the kernel takes back when the worker and
-the training process it started have both died, however they died. A running trial whose lock is free
-is claimed again: the same trial, the same point, the same directory, so that training goes on from its
-checkpoints.
+The study holds one trial a point, made when the sweep starts; another is made only where a failed one is
+to be run again (`attempts`). A worker claims a trial and holds a lock on its directory, which the kernel
+takes back when the worker and the training process it started have both died, however they died. A running
+trial whose lock is free is claimed again: the same trial, the same point, the same directory, so that
+training goes on from its checkpoints.
 
 Optuna's own heartbeat does not do this: it is for `Study.optimize`, and it makes a new trial, with
 another number, for each that went stale.
@@ -29,6 +29,7 @@ from optuna.distributions import (
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from moe.errors import ConfigError
+from moe.sweep.attempts import POINT, first_number, point_trials, retry_failed
 from moe.sweep.space import Sweep, fixed_points
 from moe.sweep.storage import PATIENCE_SECONDS, PatientStorage, explained, new_token, open_storage
 
@@ -37,14 +38,11 @@ HEARTBEAT_SECONDS = 30.0
 # heartbeats that did not come; it wrote how often they should.
 SILENT_BEATS = 10
 
-POINT = "point"  # user attribute: which point of the sweep a trial is
 OWNER = "owner"  # user attribute: workdir and machine of the worker
 CLAIM = "claim"  # user attribute: whose the trial is, changed by each who takes it
 HEARTBEAT = (
     "heartbeat"  # user attribute: [time, seconds to the next]; changes while the worker lives
 )
-ERROR = "error"  # user attribute: why a trial failed
-SEEDS = "seeds"  # user attribute: seed -> {"value": float, "curve": [[step, value], ...]}
 
 
 class ClaimLostError(Exception):
@@ -80,8 +78,13 @@ class Claim(NamedTuple):
         self.trial.set_user_attr(HEARTBEAT, [time.time(), self.heartbeat])
 
 
-def open_study(sweep: Sweep, storage: str) -> optuna.Study:
+def open_study(sweep: Sweep, storage: str, *, retry: bool = False) -> optuna.Study:
     """Makes or loads the study and sees to it that every point has its trial.
+
+    Args:
+        sweep: checked.
+        storage: Optuna address.
+        retry: whether failed points are to be run again.
 
     Raises:
         ConfigError: a storage that cannot be opened, or one that holds another sweep of this name.
@@ -99,19 +102,9 @@ def open_study(sweep: Sweep, storage: str) -> optuna.Study:
         )
         _check_same(study, sweep)
         _enqueue_missing(study, sweep)
+        if retry:
+            retry_failed(study)
     return study
-
-
-def point_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """One trial a point, in the order of the points.
-
-    Two machines that start one sweep at the same moment may both enqueue a point: the first counts.
-    """
-    first: dict[int, FrozenTrial] = {}
-    for trial in study.get_trials(deepcopy=False):
-        if POINT in trial.user_attrs:
-            first.setdefault(trial.user_attrs[POINT], trial)
-    return [first[point] for point in sorted(first)]
 
 
 def unfinished(study: optuna.Study) -> int:
@@ -150,10 +143,10 @@ class Claims:
             return self._abandoned() or self._waiting()
 
     def _abandoned(self) -> Claim | None:
-        for frozen in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if POINT not in frozen.user_attrs or not self._is_silent(frozen):
+        for frozen in point_trials(self._study):
+            if frozen.state is not TrialState.RUNNING or not self._is_silent(frozen):
                 continue
-            lock = self._lock(frozen.number)
+            lock = self._lock(first_number(frozen))
             if lock is None:
                 continue
             claim = self._taken(frozen, lock)
@@ -167,7 +160,9 @@ class Claims:
         state = self._study.get_trials(deepcopy=False)[seen.number].state
         if not state.is_finished():
             # Optuna has no public way to go on with a trial: `ask` makes its trials like this.
-            claim = self._claim(Trial(self._study, seen._trial_id), lock, seen)
+            claim = self._claim(
+                Trial(self._study, seen._trial_id), seen, lock, seen.user_attrs.get(CLAIM)
+            )
             if claim is not None:
                 return claim
         os.close(lock)
@@ -176,30 +171,32 @@ class Claims:
     def _waiting(self) -> Claim | None:
         while self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             trial = self._study.ask()
-            firsts = {frozen.number for frozen in point_trials(self._study)}
-            if trial.number not in firsts:
+            counted = {frozen.number: frozen for frozen in point_trials(self._study)}
+            if trial.number not in counted:
                 # Another machine took the last waiting trial first, or enqueued the point too.
                 self._study.tell(trial, state=TrialState.FAIL)
                 continue
-            lock = self._lock(trial.number)
-            claim = None if lock is None else self._claim(trial, lock, None)
+            frozen = counted[trial.number]
+            lock = self._lock(first_number(frozen))
+            claim = None if lock is None else self._claim(trial, frozen, lock, None)
             if claim is not None:
                 return claim
             if lock is not None:
                 os.close(lock)
         return None
 
-    def _claim(self, trial: Trial, lock: int, seen: FrozenTrial | None) -> Claim | None:
-        """Makes a trial ours in the database, unless another did since it was seen."""
+    def _claim(
+        self, trial: Trial, seen: FrozenTrial, lock: int, before: str | None
+    ) -> Claim | None:
+        """Makes a trial ours in the database, unless another took it since its claim was `before`."""
         token = new_token()
-        before = None if seen is None else seen.user_attrs.get(CLAIM)
         backend = getattr(self._study._storage, "_backend", None)  # beneath Optuna's cache
         if not isinstance(backend, PatientStorage):
             raise TypeError(f"a study of {type(backend)} was not made by this module")
         if not backend.swap(trial._trial_id, CLAIM, before, token):
             return None
         trial.set_user_attr(OWNER, self._owner)
-        claim = Claim(trial, self._directory(trial.number), lock, token, self._heartbeat)
+        claim = Claim(trial, self._directory(first_number(seen)), lock, token, self._heartbeat)
         claim.beat()
         return claim
 

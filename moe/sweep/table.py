@@ -10,7 +10,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 import scipy.stats
 
-from moe.sweep import study as study_lib
+from moe.sweep import attempts
 from moe.sweep.space import Sweep
 
 CONFIDENCE = 0.95
@@ -27,13 +27,13 @@ class Row(NamedTuple):
     """One point of the sweep.
 
     Attributes:
-        trial: its number, which names its directory.
+        trial: the number of the point's first trial, which names its directory.
         state: complete, pruned, failed, running or waiting.
         params: dotted key -> value.
         seeds: seed -> final value, of the seeds that are done.
         interval: over the seeds; None unless the point is complete.
         curves: seed -> [step, value] pairs.
-        note: the error of a failed trial, or where it was pruned.
+        note: how earlier attempts failed, then the error of a failed trial, or where it was pruned.
     """
 
     trial: int
@@ -62,16 +62,16 @@ def student_interval(values: Sequence[int | float], confidence: float = CONFIDEN
 def rows(study: optuna.Study, sweep: Sweep) -> list[Row]:
     """All points: complete ones first, the best on top, then the others by number."""
     sign = 1.0 if sweep.direction == "minimize" else -1.0
-    found = [row(trial) for trial in study_lib.point_trials(study)]
+    found = [row(study, trial) for trial in attempts.point_trials(study)]
     return sorted(
         found,
         key=lambda r: (r.interval is None, sign * r.interval.mean if r.interval else 0.0, r.trial),
     )
 
 
-def row(trial: FrozenTrial) -> Row:
-    """The row of one point's trial."""
-    done = trial.user_attrs.get(study_lib.SEEDS, {})
+def row(study: optuna.Study, trial: FrozenTrial) -> Row:
+    """The row of one point, from its newest attempt."""
+    done = trial.user_attrs.get(attempts.SEEDS, {})
     seeds = {int(seed): result["value"] for seed, result in done.items()}
     complete = trial.state is TrialState.COMPLETE
     first = sorted(trial.intermediate_values.items())
@@ -79,14 +79,29 @@ def row(trial: FrozenTrial) -> Row:
     if not curves and first:
         curves = {-1: [[step, value] for step, value in first]}  # the first seed, not yet done
     return Row(
-        trial=trial.number,
+        trial=attempts.first_number(trial),
         state={TrialState.FAIL: "failed"}.get(trial.state, trial.state.name.lower()),
         params=trial.params or trial.system_attrs.get("fixed_params", {}),
         seeds=seeds,
         interval=student_interval(list(seeds.values())) if complete else None,
         curves=curves,
-        note=trial.user_attrs.get(study_lib.ERROR, ""),
+        note=_note(study, trial),
     )
+
+
+def _note(study: optuna.Study, trial: FrozenTrial) -> str:
+    known = study.get_trials(deepcopy=False)
+    errors = [
+        known[number].user_attrs.get(attempts.ERROR, "")
+        for number in attempts.earlier_numbers(trial)
+    ]
+    lines = [f"attempt {i} failed: {_last_line(error)}" for i, error in enumerate(errors, start=1)]
+    return "\n".join([*lines, trial.user_attrs.get(attempts.ERROR, "")]).strip()
+
+
+def _last_line(text: str) -> str:
+    """Of a message, what says most."""
+    return text.strip().rpartition("\n")[2]
 
 
 def to_csv(found: Sequence[Row], sweep: Sweep) -> str:
@@ -129,7 +144,7 @@ def to_text(found: Sequence[Row], sweep: Sweep) -> str:
             str(len(row.seeds)),
             f"{row.interval.mean:.4f}" if row.interval else "-",
             interval_text(row.interval),
-            row.note.splitlines()[-1][:100] if row.note else "",
+            _last_line(row.note)[:100],
         ]
         for row in found
     ]

@@ -18,12 +18,14 @@ from optuna.trial import TrialState
 from moe.errors import UserError
 from moe.parallel import compile_cache
 from moe.parallel.orphans import tied
+from moe.sweep import attempts
 from moe.sweep import study as study_lib
+from moe.sweep.address import child_environment
 from moe.sweep.curve import Curve, Pruning
 from moe.sweep.space import Params, Sweep, to_text
 from moe.sweep.storage import PATIENCE_SECONDS, explained
 from moe.sweep.study import Claim
-from moe.sweep.trainer import Restarts, failure_text, reached, terminate
+from moe.sweep.trainer import Restarts, failure_text, reached, size, terminate
 from moe.training.workdir import write_atomically
 
 POLL_SECONDS = 0.5
@@ -139,7 +141,7 @@ def _run_claim(job: Job, claim: Claim, stop: Stop) -> None:
             return
         claim.beat()
         if result.error is not None:
-            trial.set_user_attr(study_lib.ERROR, result.error)
+            trial.set_user_attr(attempts.ERROR, result.error)
         trial.study.tell(trial, result.value, state=result.state, skip_if_finished=True)
     except (UpdateFinishedTrialError, study_lib.ClaimLostError):
         # This worker was silent for so long that another machine took the trial over.
@@ -159,7 +161,7 @@ def run_trial(job: Job, claim: Claim, stop: Stop) -> Result:
     trial = claim.trial
     params = study_lib.suggest(trial, job.sweep)
     _own_directory(claim.directory, job.sweep, params)
-    done: dict[str, Any] = dict(trial.user_attrs.get(study_lib.SEEDS, {}))
+    done: dict[str, Any] = dict(trial.user_attrs.get(attempts.SEEDS, {}))
     for position, seed in enumerate(job.sweep.seeds):
         if str(seed) in done:
             continue
@@ -170,7 +172,7 @@ def run_trial(job: Job, claim: Claim, stop: Stop) -> Result:
             return result
         claim.beat()
         done[str(seed)] = {"value": result.value, "curve": curve.thinned()}
-        trial.set_user_attr(study_lib.SEEDS, done)
+        trial.set_user_attr(attempts.SEEDS, done)
     values = [done[str(seed)]["value"] for seed in job.sweep.seeds]
     return Result(TrialState.COMPLETE, math.fsum(values) / len(values))
 
@@ -202,6 +204,7 @@ def _run_seed(
     """Runs the trainer until it is done, or ended in a way that starting it again does not mend."""
     run = claim.directory / f"seed-{seed}"
     log = run.with_name(f"{run.name}.log")
+    before = size(log)
     restarts = Restarts(lambda: reached(run))
     while True:
         code, pruned = _run_process(
@@ -215,7 +218,7 @@ def _run_seed(
         if stop.requested:
             return Result(None)
         if not restarts.again(code):
-            told = f"seed {seed}: {restarts.text()}{failure_text(code, log)}"
+            told = f"seed {seed}: {restarts.text()}{failure_text(code, log, before)}"
             return Result(TrialState.FAIL, error=told)
 
 
@@ -253,6 +256,7 @@ def _run_process(
             tied(command),
             stdout=output,
             stderr=subprocess.STDOUT,
+            env=child_environment(),
             pass_fds=(claim.lock,),
             process_group=0,
         )

@@ -48,8 +48,12 @@ class Server:
         self.start()
 
     @property
-    def address(self) -> str:
-        return f"postgresql+psycopg://sweeper:hush@127.0.0.1:{self.port}/postgres"
+    def storage(self) -> str:
+        """For `--storage`: a file with the address, which has a password."""
+        path = self._folder / "address.txt"
+        path.touch(mode=0o600)
+        path.write_text(f"postgresql+psycopg://sweeper:hush@127.0.0.1:{self.port}/postgres\n")
+        return f"file:{path}"
 
     def start(self) -> None:
         options = f"-p {self.port} -h 127.0.0.1 -k {self._folder} -c fsync=off"

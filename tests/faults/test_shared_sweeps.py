@@ -49,7 +49,7 @@ def sweep_file(folder: Path, name: str, **values) -> str:
 
 
 def flags(server: postgres.Server) -> list[str]:
-    return [f"--storage={server.address}", f"--heartbeat={HEARTBEAT}"]
+    return [f"--storage={server.storage}", f"--heartbeat={HEARTBEAT}"]
 
 
 def finished(*workdirs: Path) -> Counter[str]:

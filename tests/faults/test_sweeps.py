@@ -1,6 +1,6 @@
 """Sweeps and comparisons under faults: killed workers and trainers, failing trials, disks, databases."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import io
 import json
 import os
@@ -57,10 +57,13 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def start(path: str, workdir: Path, *flags: str) -> "subprocess.Popen[str]":
+def start(
+    path: str, workdir: Path, *flags: str, variables: Mapping[str, str] | None = None
+) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, f"--config={path}", f"--workdir={workdir}", *flags],
         cwd=ROOT,
+        env={**os.environ, **(variables or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -142,7 +145,7 @@ def test_sweep_every_end_of_a_trainer_is_started_again_or_recorded(tmp_path):
         "exit70": ("seed 0: started again 2 times without getting further: stuck: exit code 70", 3),
         "exit70_once": ("", 2),
         "exit75_once": ("", 2),
-        "exit-9": ("seed 0: started again 1 times without getting further: killed by SIGKILL", 2),
+        "exit-9": ("seed 0: started again 2 times without getting further: killed by SIGKILL", 3),
         "exit-9_once": ("", 2),
         "exit1": ("seed 0: exit code 1. ", 1),
     }
@@ -192,7 +195,7 @@ def test_comparison_every_end_of_a_trainer_is_started_again_or_recorded(tmp_path
     assert code == 1
     for name in ("good", "killed", "again"):
         assert (sorted(found[name].results), found[name].error) == ([0, 1], ""), name
-    assert found["oom"].error.startswith("started again 1 times without getting further: killed by")
+    assert found["oom"].error.startswith("started again 2 times without getting further: killed by")
     assert found["diverged"].error.startswith("diverged: exit code 5. ")
     assert found["full"].error.startswith("out of disk or memory: exit code 6. ")
     told = json.dumps([[r.error for r in found.values()], lines])

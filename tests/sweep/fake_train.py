@@ -32,6 +32,9 @@ def misbehave(mode, workdir):
         sys.exit(75)
     if mode == "stuck":
         sys.exit(75)
+    if mode == "tells":
+        sys.stdout.write(f"{sys.argv} {dict(os.environ)}\n")
+        sys.exit(6)
     if mode.startswith("exit"):
         end(mode, workdir)
 
