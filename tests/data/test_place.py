@@ -84,8 +84,11 @@ def test_what_reads_ahead_is_closed_before_it_goes_elsewhere():
     class Ahead:
         closed = 0
 
+        def __iter__(self):
+            return self
+
         def __next__(self):
-            return None
+            return stack([Numbers()[0]])
 
         def close(self):
             self.closed += 1
