@@ -17,6 +17,8 @@ import zlib
 from moe.errors import DataError
 
 LARGEST = 4 * 2**30  # bytes of an archive's members together; data sets of packages are far below
+RATIO = 100  # of text and tables it is 3 to 20; what zlib makes of zeros is 1000, xz 7000
+_ALWAYS = 32 * 2**20  # bytes that anything may unpack to
 
 Reader = Callable[[], bytes]
 
@@ -40,7 +42,7 @@ def open_archive(path: Path) -> dict[str, Reader]:
 
     Raises:
         DataError: another kind of file, one that cannot be read, is damaged, names a path outside
-            its own folder, or unpacks to more than `LARGEST` bytes.
+            its own folder, or unpacks to more than `largest` bytes.
     """
     kinds = {".deb": _open_deb, ".whl": _open_zip, ".zip": _open_zip, ".tgz": _open_tgz}
     kinds[".tar.gz"] = _open_tgz
@@ -88,9 +90,9 @@ def _ar_member(path: Path, data: bytes, start: int) -> tuple[str, bytes]:
 
 def _unpack_deb(path: Path, name: str, content: bytes) -> bytes:
     if name == "data.tar.xz":
-        return _read_all(path, lzma.open(io.BytesIO(content)))
+        return _read_all(path, lzma.open(io.BytesIO(content)), len(content))
     if name == "data.tar.gz":
-        return _read_all(path, gzip.open(io.BytesIO(content)))
+        return _read_all(path, gzip.open(io.BytesIO(content)), len(content))
     if name == "data.tar":
         return content
     if name != "data.tar.zst":
@@ -105,7 +107,7 @@ def _unpack_zstandard(path: Path) -> bytes:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             assert process.stdout is not None
             assert process.stderr is not None
-            data = _read_all(path, process.stdout)
+            data = _read_all(path, process.stdout, path.stat().st_size)
             said = process.stderr.read().decode("utf-8", "replace").strip()
     except FileNotFoundError as error:
         raise DataError(
@@ -117,23 +119,61 @@ def _unpack_zstandard(path: Path) -> bytes:
 
 
 def _open_tgz(path: Path, data: bytes) -> dict[str, Reader]:
-    return _tar_members(path, _read_all(path, gzip.open(io.BytesIO(data))))
+    return _tar_members(path, _read_all(path, gzip.open(io.BytesIO(data)), len(data)))
 
 
-def _read_all(path: Path, file) -> bytes:
-    """Decompresses to the end, which checks the checksums, but never beyond `LARGEST`."""
-    parts, size = [], 0
+def largest(packed: int) -> int:
+    """To how many bytes so many may unpack: what grows further is made to fill the memory."""
+    return min(LARGEST, max(_ALWAYS, RATIO * packed))
+
+
+def inflate(
+    data: bytes, where: str, most: int, *, wbits: int = zlib.MAX_WBITS
+) -> tuple[bytes, bytes]:
+    """Decompresses the zlib stream that a member of an archive starts with.
+
+    Args:
+        data: the stream, and what comes after it.
+        where: file and part, to name in errors.
+        most: bytes that it may unpack to, of `largest`.
+        wbits: of `zlib`; 31 is gzip.
+
+    Returns:
+        What it unpacks to, and what came after it.
+
+    Raises:
+        DataError: it is truncated or damaged, or unpacks to more.
+    """
+    stream = zlib.decompressobj(wbits)
+    try:
+        unpacked = stream.decompress(data, most + 1)
+    except zlib.error as error:
+        raise DataError(f"{where} is truncated or damaged: {error}.") from error
+    if len(unpacked) > most:
+        raise _too_large(where, most)
+    if not stream.eof:
+        raise DataError(f"{where} is truncated or damaged: it ends in the middle.")
+    return unpacked, stream.unused_data
+
+
+def _read_all(path: Path, file, packed: int) -> bytes:
+    """Decompresses to the end, which checks the checksums, but never beyond `largest(packed)`."""
+    parts, size, most = [], 0, largest(packed)
     with file:
         while part := file.read(_CHUNK):
             parts.append(part)
             size += len(part)
-            if size > LARGEST:
-                raise _too_large(path)
+            if size > most:
+                raise _too_large(path, most)
     return b"".join(parts)
 
 
-def _too_large(path: Path) -> DataError:
-    return DataError(f"{path} unpacks to more than {LARGEST} bytes, which no data set here does.")
+def _too_large(where: Path | str, most: int) -> DataError:
+    return DataError(
+        f"{where} unpacks to more than {most} bytes ({RATIO} times its size, at most {LARGEST}), which no "
+        "data set here does: it was made to fill the memory. Delete the archive, and fetch it again "
+        "from a registry that you trust."
+    )
 
 
 def _tar_members(path: Path, data: bytes, *, rooted: bool = False) -> dict[str, Reader]:
@@ -178,8 +218,8 @@ def _open_zip(path: Path, data: bytes) -> dict[str, Reader]:
     stated = int.from_bytes(data[end + 10 : end + 12], "little")
     if stated not in (len(archive.infolist()), _ZIP64):  # zipfile passes over what is missing
         raise _damaged(path, f"it lists {len(archive.infolist())} of {stated} members")
-    if sum(info.file_size for info in archive.infolist()) > LARGEST:
-        raise _too_large(path)
+    if sum(info.file_size for info in archive.infolist()) > largest(len(data)):
+        raise _too_large(path, largest(len(data)))
     for info in archive.infolist():
         name = _name(path, info.filename)
         if not info.is_dir():

@@ -16,6 +16,7 @@ import zlib
 from jaxtyping import Int
 import numpy as np
 
+from moe.data.archives import largest
 from moe.evaluation import routing_analysis as analysis
 from moe.evaluation.compare import overlap_metrics
 from moe.training.workdir import write_atomically
@@ -72,6 +73,7 @@ def read(workdir: Path, split: str) -> list[Kept]:
         if found["split"] == split:
             try:
                 with path.open("rb") as data, np.load(data, allow_pickle=False) as file:
+                    _check_size(path, file)
                     expert, experts = file["expert"].astype(np.int32), int(file["num_experts"])
             except _UNREADABLE:
                 continue
@@ -80,6 +82,12 @@ def read(workdir: Path, split: str) -> list[Kept]:
             kept.append(Kept(int(found["step"]), expert, experts))
     kept.sort(key=lambda k: k.step)
     return [k for k in kept if _shape(k) == _shape(kept[-1])]
+
+
+def _check_size(path: Path, file: Any) -> None:
+    """Raises ValueError for arrays that would fill the memory: zeros pack to a thousandth."""
+    if sum(info.file_size for info in file.zip.infolist()) > largest(path.stat().st_size):
+        raise ValueError(f"{path} unpacks to too much")
 
 
 def _files(workdir: Path) -> list[tuple[Path, re.Match[str]]]:

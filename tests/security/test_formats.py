@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe.data import store
+from moe.data import archives, store
 from moe.data.cache import write_sums
 from moe.data.examples import open_examples
 from moe.data.features import find_fields
@@ -83,6 +83,17 @@ def test_kept_choices(tmp_path, canary):
     np.savez(path, expert=objects(canary), num_experts=np.int32(2), allow_pickle=True)
     assert kept_choices.read(tmp_path, "valid") == []
     assert not canary.exists()
+
+
+def test_kept_choices_that_would_fill_memory(tmp_path):
+    bomb = np.zeros((1, 1, 1, archives._ALWAYS + 1), np.int8)
+    (tmp_path / "choices").mkdir()
+    np.savez_compressed(tmp_path / "choices" / "valid-1.npz", expert=bomb, num_experts=np.int32(2))
+    assert kept_choices.read(tmp_path, "valid") == []
+    np.savez_compressed(
+        tmp_path / "choices" / "valid-1.npz", expert=bomb[..., :9], num_experts=np.int32(2)
+    )
+    assert len(kept_choices.read(tmp_path, "valid")) == 1
 
 
 def test_encoded_examples(tmp_path, canary):

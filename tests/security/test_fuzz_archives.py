@@ -7,6 +7,7 @@ import json
 import struct
 import tarfile
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -121,6 +122,10 @@ def manual(data):
     return [*interface.read_manuals(tiny_packages.members(pages), "de", Counter())]
 
 
+def fashion_gzip(data):
+    return fashion_mnist._read_idx({"x": lambda: data}, "x", dimensions=3)
+
+
 DIGITS = {f"package/src/digits/{d}.json": json.dumps({"data": []}).encode() for d in range(10)}
 SCRIPT = (
     b'dialogId("a-1", "font_big", "Hello.")\ndialogStr("Ahoj.")\n'
@@ -135,7 +140,7 @@ READERS = {
     "idx": (IDX, fashion),
     "gzip": (
         gzip.compress(IDX),
-        lambda data: fashion_mnist._read_idx({"x": lambda: data}, "x", dimensions=3),
+        fashion_gzip,
     ),
     "mnist": (
         json.dumps({"data": PIXELS.tolist()}).encode(),
@@ -240,15 +245,74 @@ def test_two_members_of_one_name(tmp_path, kind):
         open_archive(tmp_path / f"x{kind}")
 
 
-def test_a_bomb_ends_before_memory_does(tmp_path, monkeypatch):
+BOMB = bytes(archives._ALWAYS + 2**20)  # a thousandth of it packed: more than the bound allows
+
+
+@pytest.mark.parametrize("kind", [".tgz", ".deb", "gz.deb", ".zip"])
+def test_a_bomb_ends_before_memory_does(tmp_path, kind):
     """A thousand times its size is not unpacked, whatever its header says."""
-    monkeypatch.setattr(archives, "LARGEST", 100_000)
-    bomb = {"a": bytes(20_000_000)}
-    for suffix, data in ((".tgz", tgz(tar(bomb))), (".deb", deb(tar(bomb))), (".zip", wheel(bomb))):
-        assert len(data) < 50_000
-        (tmp_path / f"x{suffix}").write_bytes(data)
-        with pytest.raises(DataError, match="unpacks to more than"):
-            open_archive(tmp_path / f"x{suffix}")
+    makers = {".tgz": lambda m: tgz(tar(m)), ".deb": lambda m: deb(tar(m)), ".zip": wheel}
+    makers["gz.deb"] = lambda m: deb(tar(m), "gz")
+    path = tmp_path / f"x{kind}"
+    path.write_bytes(makers[kind]({"a": BOMB}))
+    assert path.stat().st_size * 500 < len(BOMB)
+    with pytest.raises(DataError, match=rf"x{kind} unpacks to more than \d+ bytes.*Delete") as told:
+        open_archive(path)
+    assert len(str(told.value)) < 400
+
+
+def test_all_members_together_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "_ALWAYS", 1000)
+    (tmp_path / "x.zip").write_bytes(wheel({f"{n}": bytes(15_000) for n in range(4)}))
+    assert (tmp_path / "x.zip").stat().st_size < 600
+    with pytest.raises(DataError, match="unpacks to more than"):
+        open_archive(tmp_path / "x.zip")
+
+
+def sword_bomb():
+    """Many blocks that are the same bytes, each of them small."""
+    files = tiny_packages.sword_files(BOOKS)
+    name = next(name for name in files if name.endswith("ot.bzz"))
+    packed = zlib.compress(BOMB[: 2**20])
+    index = struct.pack("<III", 0, len(packed), 2**20) * 33
+    files |= {name: packed, name.replace(".bzz", ".bzs"): index}
+    return [*sword.read_chapters(tiny_packages.members(files), "x")]
+
+
+DEEP_PAGE = (
+    b'<page xmlns="http://projectmallard.org/1.0/">' + b"<a>" * 5000 + b"</a>" * 5000 + b"</page>"
+)
+GROWING = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' for n in range(1, 10))
+INSIDE = {
+    "idx": (lambda: fashion_gzip(gzip.compress(BOMB)), "unpacks to more than"),
+    "novels": (
+        lambda: [*novels.records(len(BOMB).to_bytes(4, "big") + zlib.compress(BOMB))],
+        "unpacks to more than",
+    ),
+    "sword": (sword_bomb, "unpacks to more than"),
+    "entities": (
+        lambda: manual(
+            f'<!DOCTYPE page [<!ENTITY e0 "{"x" * 50}">{GROWING}]><page>&e9;</page>'.encode()
+        ),
+        "amplification",
+    ),
+    "nesting": (lambda: manual(DEEP_PAGE), "nested deeper"),
+}
+
+
+@pytest.mark.parametrize("kind", INSIDE)
+def test_a_bomb_inside_a_member(kind):
+    read, message = INSIDE[kind]
+    with pytest.raises(DataError, match=message):
+        read()
+
+
+def test_what_is_large_and_no_bomb_is_read():
+    noise = np.random.default_rng(0).bytes(2**20)
+    data, rest = archives.inflate(zlib.compress(noise) + b"more", "x", 2**20)
+    assert (data, rest) == (noise, b"more")
+    with pytest.raises(DataError, match="x unpacks to more than 1048575 bytes"):
+        archives.inflate(zlib.compress(noise), "x", 2**20 - 1)
 
 
 def test_a_zip_whose_list_says_less_than_its_members_hold(tmp_path):

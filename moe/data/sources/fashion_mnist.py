@@ -1,16 +1,14 @@
 """Fashion-MNIST from a Debian package: the four official files."""
 
 from collections.abc import Mapping
-import gzip
 import struct
-import zlib
 
 from jaxtyping import UInt8
 import numpy as np
 from PIL import Image
 import tensorflow_datasets as tfds
 
-from moe.data.archives import Reader, require
+from moe.data.archives import Reader, inflate, largest, require
 from moe.data.packages import Package
 from moe.data.sources.builder import PackageBuilder
 from moe.errors import DataError
@@ -31,6 +29,7 @@ CLASSES = (
 
 _FOLDER = "usr/share/datasets/fashion-mnist"
 _VALID = 5_000  # pictures at the end of the official training part
+_GZIP = 31  # of zlib's `wbits`: with the header and checksum of gzip
 _UNSIGNED_BYTE = 0x08  # type code of idx
 
 
@@ -104,10 +103,10 @@ def _read_idx(
     members: Mapping[str, Reader], name: str, *, dimensions: int
 ) -> UInt8[np.ndarray, "..."]:
     """Reads unsigned bytes in idx: two zero bytes, type, dimensions, then big-endian sizes and data."""
-    try:
-        data = gzip.decompress(require(members, name, PACKAGES[0].name))
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{name} is truncated or damaged: {error}.") from error
+    packed = require(members, name, PACKAGES[0].name)
+    data, rest = inflate(packed, name, largest(len(packed)), wbits=_GZIP)
+    if rest:
+        raise DataError(f"{name} is damaged: {len(rest)} bytes follow its end.")
     start = 4 + 4 * dimensions
     if len(data) < start or data[:4] != bytes((0, 0, _UNSIGNED_BYTE, dimensions)):
         raise DataError(f"{name} is no idx file of unsigned bytes in {dimensions} dimensions.")

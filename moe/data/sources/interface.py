@@ -192,8 +192,10 @@ def read_manuals(
 def _paragraphs(data: bytes, name: str) -> list[tuple[str, str]]:
     try:
         return [*_walk(ElementTree.fromstring(data))]
-    except ElementTree.ParseError as error:
+    except ElementTree.ParseError as error:  # entities that grow, too: expat stops at 100 times
         raise DataError(f"{name} is no XML: {error}.") from error
+    except RecursionError as error:
+        raise DataError(f"{name} is nested deeper than any page is.") from error
 
 
 def _walk(element: ElementTree.Element) -> Iterator[tuple[str, str]]:

@@ -8,9 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import re
 import struct
 from typing import NamedTuple
-import zlib
 
-from moe.data.archives import Reader, require
+from moe.data.archives import Reader, inflate, largest, require
 from moe.data.packages import Package
 from moe.data.sources.language import LanguageBuilder, decode
 from moe.data.sources.types import Document
@@ -86,16 +85,12 @@ def records(database: bytes) -> Iterator[bytes]:
     while start < len(database):
         number += 1
         where = f"{_DATABASE}, record {number} at byte {start}"
-        stream = zlib.decompressobj()
-        try:
-            raw = stream.decompress(database[start + 4 :])
-        except zlib.error as error:
-            raise DataError(f"{where} is damaged: {error}.") from error
+        raw, rest = inflate(database[start + 4 :], where, largest(len(database)))
         wanted = int.from_bytes(database[start : start + 4], "big")
-        if not stream.eof or len(raw) != wanted:
+        if len(raw) != wanted:
             raise DataError(f"{where} is truncated: it has {len(raw)} of {wanted} bytes.")
         yield raw
-        start = len(database) - len(stream.unused_data)
+        start = len(database) - len(rest)
 
 
 def strings(raw: bytes, where: str) -> list[str]:

@@ -10,9 +10,8 @@ import html
 import re
 import struct
 from typing import NamedTuple
-import zlib
 
-from moe.data.archives import Reader, require
+from moe.data.archives import Reader, inflate, largest, require
 from moe.data.sources.language import decode
 from moe.errors import DataError
 
@@ -63,10 +62,12 @@ def read_slots(members: Mapping[str, Reader], base: str, package: str) -> list[s
     for name, part, size in (("s", index, _BLOCK.size), ("v", verses, _VERSE.size)):
         if len(part) % size:
             raise DataError(f"{package}: {base}.bz{name} is truncated: {len(part)} bytes.")
-    blocks = [
-        _unpack(data[offset : offset + size], f"{package}: {base}.bzz, block {number}")
-        for number, (offset, size, _) in enumerate(_BLOCK.iter_unpack(index))
-    ]
+    blocks, room = [], largest(len(data))  # of all blocks: several may be the same bytes
+    for number, (offset, size, _) in enumerate(_BLOCK.iter_unpack(index)):
+        where = f"{package}: {base}.bzz, block {number}"
+        block, _ = inflate(data[offset : offset + size], where, room)
+        blocks.append(block)
+        room -= len(block)
     slots = []
     for number, (block, offset, size) in enumerate(_VERSE.iter_unpack(verses)):
         where = f"{package}: {base}.bzv, slot {number}"
@@ -74,13 +75,6 @@ def read_slots(members: Mapping[str, Reader], base: str, package: str) -> list[s
             raise DataError(f"{where} lies outside the text.")
         slots.append(decode(blocks[block][offset : offset + size], where) if size else "")
     return slots
-
-
-def _unpack(data: bytes, where: str) -> bytes:
-    try:
-        return zlib.decompress(data)
-    except zlib.error as error:
-        raise DataError(f"{where} is truncated or damaged: {error}.") from error
 
 
 def _chapters(slots: list[str]) -> Iterator[Chapter]:
