@@ -99,8 +99,9 @@ class Catalogue:
 
     def metrics(self, step: int) -> dict[str, float]:
         """Metrics of a step that came with its save or after it."""
-        record = self.record(step) or {"metrics": {}}
-        return {**record["metrics"], **self._scores.of(step)}
+        record = self.record(step)
+        saved = record["metrics"] if record and is_known(record) else {}
+        return {**saved, **self._scores.of(step)}
 
     def ranked(self, steps: list[int]) -> list[int]:
         """Those of `steps` that have the metric of the rules, best first."""

@@ -28,8 +28,8 @@ from moe.training.record import (
     added_entries,
     as_read_back,
     first_difference,
+    is_as_saved,
     make_record,
-    sha256,
 )
 from moe.training.save_failure import root_cause, save_error
 from moe.training.store import Store, bytes_of
@@ -350,7 +350,7 @@ class Checkpointer:
             raise self._catalogue.damaged(step, root_cause(error)) from error
         record = self._catalogue.known_record(step)
         for name in ("data", "meta"):
-            if name in loaded and sha256(loaded[name]) != record[name]:
+            if name in loaded and not is_as_saved(loaded[name], record[name]):
                 cause = f"the contents of {name} are not those that were saved"
                 raise self._catalogue.damaged(step, cause)
         return loaded

@@ -18,9 +18,9 @@ from safetensors.numpy import load_file, save_file
 
 from moe.errors import CheckpointError
 from moe.training.checkpoint import Checkpointer
-from moe.training.digest import digest
+from moe.training.digest import digest, leaf_names
 from moe.training.keeping import Scores
-from moe.training.record import is_known, is_signed, sign
+from moe.training.record import are_leaves, are_metrics, is_known, is_signed, sign
 from moe.training.step_folder import read_record
 from moe.training.stored import full_flaw, read_json, read_leaf
 from moe.training.workdir import write_atomically
@@ -29,7 +29,11 @@ ARRAYS_FILE, RECORD_FILE = "model.safetensors", "record.json"
 _FORMAT = 1
 _MODEL = ("params", "router")  # entries of the state that make the model
 _IMPLEMENTATIONS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
+_STEPS = 2**63  # no more are counted
+_DEEPEST = 100  # keys of a path
 _SEQUENCE = 1  # the type of a key in Orbax's description of the tree
+# What files that disagree with each other raise when they are read.
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 _EMPTY: dict[str, Any] = {"None": None, "Dict": {}, "List": [], "Tuple": []}
 
 
@@ -55,25 +59,16 @@ def to_safetensors(directory: Path, step: int, folder: Path, *, everything: bool
         )
     if (folder / ARRAYS_FILE).exists() or (folder / RECORD_FILE).exists():
         raise CheckpointError(f"{folder} holds a converted checkpoint already. Name a new folder.")
-    leaves = {
-        name: leaf
-        for name, leaf in record["leaves"].items()
-        if everything or name.split("/")[0] in _MODEL
-    }
-    arrays = {_dotted(name): np.asarray(read_leaf(source, name), order="C") for name in leaves}
-    if len(arrays) != len(leaves):
+    kept = None if everything else _MODEL
+    try:
+        arrays, content = _contents(source, record, kept)
+    except _UNREADABLE as error:
         raise CheckpointError(
-            f"Checkpoint {step} has leaves whose names differ only in `.` and `/`."
-        )
-    content = {
-        "format": _FORMAT,
-        "step": step,
-        "leaves": leaves,
-        "tree": [entry for entry in _tree(source) if everything or entry["path"][0][0] in _MODEL],
-        "data": read_json(source, "data"),
-        "meta": read_json(source, "meta"),
-        "metrics": {**record["metrics"], **Scores(directory, writes=False).of(step)},
-    }
+            f"Checkpoint {step} in {directory} is not converted: it was changed by hand and does not "
+            f"read back ({error!r})."
+        ) from error
+    content["step"] = step
+    content["metrics"].update(Scores(directory, writes=False).of(step))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(arrays, folder / ARRAYS_FILE)
@@ -82,6 +77,32 @@ def to_safetensors(directory: Path, step: int, folder: Path, *, everything: bool
         shutil.copymode(folder / RECORD_FILE, folder / ARRAYS_FILE)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder} could not be written: {error}.") from error
+
+
+def _contents(
+    source: Path, record: dict[str, Any], kept: tuple[str, ...] | None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays of a step and what goes beside them, of the entries `kept` or of all.
+
+    Raises:
+        LookupError: as all of `_UNREADABLE`, for files that do not agree with each other.
+    """
+    leaves = {
+        name: leaf
+        for name, leaf in record["leaves"].items()
+        if kept is None or name.split("/")[0] in kept
+    }
+    arrays = {_dotted(name): np.asarray(read_leaf(source, name), order="C") for name in leaves}
+    if len(arrays) != len(leaves):
+        raise LookupError("leaves have names that differ only in `.` and `/`")
+    return arrays, {
+        "format": _FORMAT,
+        "leaves": leaves,
+        "tree": [node for node in _tree(source) if kept is None or node["path"][0][0] in kept],
+        "data": read_json(source, "data"),
+        "meta": read_json(source, "meta"),
+        "metrics": dict(record["metrics"]),
+    }
 
 
 def from_safetensors(folder: Path, directory: Path) -> tuple[int, dict[str, Any]]:
@@ -99,11 +120,18 @@ def from_safetensors(folder: Path, directory: Path) -> tuple[int, dict[str, Any]
     if set(arrays) != {_dotted(name) for name in leaves}:
         odd = sorted(set(arrays) ^ {_dotted(name) for name in leaves})
         raise CheckpointError(f"{folder}: {ARRAYS_FILE} and {RECORD_FILE} differ in {odd[:3]}.")
-    state = {name: _device_array(folder, name, arrays, leaf) for name, leaf in leaves.items()}
+    read = {name: _device_array(folder, name, arrays, leaf) for name, leaf in leaves.items()}
+    try:
+        state = _nest(folder, record["tree"], read)
+        same = sorted(leaf_names(state)) == sorted(leaves)
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{folder}: the tree in {RECORD_FILE} is none: {error!r}.") from error
+    if not same:
+        raise CheckpointError(f"{folder}: the tree in {RECORD_FILE} is not that of its leaves.")
     with Checkpointer(directory, keep_latest=2**31) as checkpointer:
         if not checkpointer.save(
             step,
-            _nest(folder, record["tree"], state),
+            state,
             record["data"],
             record["meta"],
             record["metrics"],
@@ -119,14 +147,46 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
         record = json.loads((folder / RECORD_FILE).read_bytes())
         arrays = load_file(folder / ARRAYS_FILE)
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+    except (*_UNREADABLE, SafetensorError) as error:
         raise CheckpointError(f"{folder} is no converted checkpoint: {error}.") from error
     if not is_signed(record) or record.get("format") != _FORMAT:
         raise CheckpointError(
             f"{folder / RECORD_FILE} is damaged or of another format: its checksum is wrong. "
             "Convert the checkpoint again."
         )
+    if not _is_whole(record):
+        raise CheckpointError(
+            f"{folder / RECORD_FILE} has parts that no conversion writes: it was changed by hand. "
+            "Convert the checkpoint again."
+        )
     return record, arrays
+
+
+def _is_whole(record: dict[str, Any]) -> bool:
+    """Whether a record has the parts that `to_safetensors` writes: its checksum can be renewed."""
+    step, tree = record.get("step"), record.get("tree")
+    return (
+        type(step) is int
+        and 0 <= step < _STEPS
+        and are_leaves(record.get("leaves"))
+        and are_metrics(record.get("metrics"))
+        and all(isinstance(record.get(item), dict) for item in ("data", "meta"))
+        and isinstance(tree, list)
+        and all(map(_is_node, tree))
+    )
+
+
+def _is_node(node: Any) -> bool:
+    """Whether this is a path of a key or more with a kind, as `_tree` tells."""
+    if not isinstance(node, dict) or not isinstance(node.get("kind"), str):
+        return False
+    path = node.get("path")
+    return (
+        isinstance(path, list)
+        and 0 < len(path) < _DEEPEST
+        and all(isinstance(key, list) and len(key) == 2 for key in path)
+        and all(isinstance(key, str) and type(kind) is int for key, kind in path)
+    )
 
 
 def _device_array(
@@ -142,7 +202,10 @@ def _device_array(
             raise CheckpointError(
                 f"{folder}: {name} is a {leaf['dtype']}, which is not known here."
             )
-        array = jax.random.wrap_key_data(array, impl=_IMPLEMENTATIONS[leaf["dtype"]])
+        try:
+            array = jax.random.wrap_key_data(array, impl=_IMPLEMENTATIONS[leaf["dtype"]])
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder}: {name} is no {leaf['dtype']}: {error}.") from error
     same = str(array.dtype) == leaf["dtype"] and list(array.shape) == leaf["shape"]
     if not same or digest({"leaf": array})["leaf"] != leaf["digest"]:
         raise CheckpointError(

@@ -98,7 +98,10 @@ class Scores:
             return {int(step): finite_numbers(values) for step, values in content.items()}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (
+            *(OSError, ValueError, TypeError, AttributeError, RecursionError),
+            OverflowError,  # a whole number beyond floats
+        ) as error:
             logging.warning(
                 "%s is left out: %s. The best checkpoint is told without it.", self._path, error
             )

@@ -61,12 +61,23 @@ def read(folder: Path) -> tuple[int, dict[str, dict]] | None:
         raise ValueError(f"{MANIFEST_FILE} is damaged: {error}") from error
     if not is_signed(content):
         raise ValueError(f"{MANIFEST_FILE} is damaged: its checksum is wrong")
-    if content["format"] not in _CHECKSUMS:
+    format_, listed = content.get("format"), content.get("files")
+    if type(format_) is not int:
+        raise ValueError(f"{MANIFEST_FILE} is damaged: its format is {format_!r}")
+    if format_ not in _CHECKSUMS:
         raise CheckpointError(
-            f"{folder / MANIFEST_FILE} has format {content['format']}, and this program reads "
+            f"{folder / MANIFEST_FILE} has format {format_}, and this program reads "
             f"{list(_CHECKSUMS)}. Use the version that wrote it, or a newer one."
         )
-    return content["format"], content["files"]
+    if not _are_files(listed, _CHECKSUMS[format_][0]):
+        raise ValueError(f"{MANIFEST_FILE} is damaged: it lists no files with size and checksum")
+    return format_, listed
+
+
+def _are_files(value: Any, checksum: str) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(entry, dict) and {"bytes", checksum} <= set(entry) for entry in value.values()
+    )
 
 
 def difference(folder: Path, *, thorough: bool) -> str | None:

@@ -16,6 +16,7 @@ from moe.training.digest import Summary, leaf_names, summaries
 FORMAT = 2
 # Top-level entries of the state that a format lacks.
 NEW_SINCE = {1: ("guard",), 2: ()}
+_PARTS = {"format", "leaves", "data", "meta", "metrics"}
 
 
 def make_record(
@@ -70,8 +71,32 @@ def finite_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def is_ours(record: Any) -> bool:
-    """Whether a record was made here, in a format of today or not, and its checksum holds."""
-    return is_signed(record) and {"format", "leaves", "data", "meta", "metrics"} <= set(record)
+    """Whether a record was made here, in a format of today or not, and its checksum holds.
+
+    Who changes a record can renew its checksum: what a format that is read here says is looked at, too.
+    """
+    if not is_signed(record) or not set(record) >= _PARTS or type(record["format"]) is not int:
+        return False
+    return not is_known(record) or (are_leaves(record["leaves"]) and are_metrics(record["metrics"]))
+
+
+def are_leaves(value: Any) -> bool:
+    """Whether this is what `describe` tells of leaves, with a digest each."""
+    return isinstance(value, dict) and all(
+        isinstance(leaf, dict)
+        and type(leaf.get("digest")) is int
+        and isinstance(leaf.get("dtype"), str)
+        and isinstance(leaf.get("shape"), list)
+        and all(type(size) is int and size >= 0 for size in leaf["shape"])
+        for leaf in value.values()
+    )
+
+
+def are_metrics(value: Any) -> bool:
+    """Whether this is what `finite_numbers` makes."""
+    return isinstance(value, dict) and all(
+        isinstance(number, float) and math.isfinite(number) for number in value.values()
+    )
 
 
 def is_known(record: dict[str, Any]) -> bool:
@@ -89,7 +114,15 @@ def is_signed(content: Any) -> bool:
     if not isinstance(content, dict):
         return False
     rest = {key: value for key, value in content.items() if key != "sha256"}
-    return content.get("sha256") == sha256(rest)
+    try:
+        return content.get("sha256") == sha256(rest)
+    except RecursionError:  # deeper than anything that `sign` could write
+        return False
+
+
+def is_as_saved(value: Any, expected: str) -> bool:
+    """Whether `data` or `meta` is a JSON object with the hash that the record has of it."""
+    return isinstance(value, dict) and sha256(value) == expected
 
 
 def first_difference(leaves: dict, abstract_state: PyTree, *, partial: bool) -> str | None:
@@ -150,7 +183,7 @@ def as_read_back(value: dict) -> dict:
     return json.loads(json.dumps(value))
 
 
-def sha256(value: dict) -> str:
+def sha256(value: Any) -> str:
     """Of the JSON text with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 

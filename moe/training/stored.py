@@ -15,7 +15,7 @@ import tensorstore
 
 from moe.training import manifest
 from moe.training.digest import digest
-from moe.training.record import is_known, sha256
+from moe.training.record import is_as_saved, is_known
 from moe.training.step_folder import flaw, read_record
 
 
@@ -35,7 +35,7 @@ def read_leaf(folder: Path, name: str) -> np.ndarray:
     return store.result().read().result()
 
 
-def read_json(folder: Path, item: str) -> dict[str, Any]:
+def read_json(folder: Path, item: str) -> Any:
     """`data` or `meta` of a step. Raises OSError or ValueError if it cannot be read."""
     return json.loads((folder / item / "metadata").read_bytes())
 
@@ -71,7 +71,7 @@ def content_flaws(folder: Path) -> Iterator[str]:
         return
     for item in ("data", "meta"):
         try:
-            if sha256(read_json(folder, item)) != record[item]:
+            if not is_as_saved(read_json(folder, item), record[item]):
                 yield f"the contents of {item} are not those that were saved"
         except (OSError, ValueError, RecursionError) as error:
             yield f"{item} cannot be read: {error}"

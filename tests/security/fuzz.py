@@ -1,9 +1,11 @@
 """Random input for everything that reads: it gives a result or an error meant for people, never another."""
 
 from collections.abc import Callable
+import json
+from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 import pytest
 
@@ -13,6 +15,12 @@ from moe.errors import UserError
 def sizes(quick: int) -> Any:
     """Runs a test with `examples` that every push can afford, and with many more under `slow`."""
     many = pytest.param(quick * 40, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
+    return pytest.mark.parametrize("examples", [quick, many])
+
+
+def some(quick: int, slow: int) -> Any:
+    """As `sizes`, for what is dear: so many examples for every push, and so many under `slow`."""
+    many = pytest.param(slow, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
     return pytest.mark.parametrize("examples", [quick, many])
 
 
@@ -28,6 +36,7 @@ def check(examples: int, holds: Callable[[Any], Any], inputs: st.SearchStrategy)
         database=None,
         derandomize=examples < 5000,
         suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink),  # to explain takes minutes
     )
     @given(inputs)
     def one(value):
@@ -117,3 +126,37 @@ def _mutate(draw: st.DrawFn, value: Any) -> Any:
         return rest if draw(st.integers(0, 4)) == 0 else rest | {key: _mutate(draw, value[key])}
     at = draw(st.integers(0, len(value) - 1))
     return [*value[:at], _mutate(draw, value[at]), *value[at + 1 :]]
+
+
+# Nested or long beyond what a parser takes.
+DEEP = [
+    b"[" * 100_000,
+    b'{"a":' * 100_000,
+    b'{"event": ' + b"[" * 100_000,
+    b"9" * 5000,
+    b'{"step": ' + b"9" * 5000,
+]
+
+
+def json_files(
+    original: Any, renew: Callable[[Any], Any] = lambda value: value
+) -> st.SearchStrategy:
+    """Bytes in place of a JSON file.
+
+    Another value, its checksum renewed by `renew`; a key that stands twice; damaged bytes; no JSON.
+    """
+    text = json.dumps(renew(original)).encode()
+    twice = b'{"%s": [], ' % next(iter(original), "x").encode() + text[1:]
+    return st.one_of(
+        *[mutated_json(original).map(lambda value: json.dumps(renew(value)).encode())] * 4,
+        mutated_of(text),
+        st.sampled_from([*DEEP, b"", b"\xff\xfe", text + b"\xff", text * 2, twice]),
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """All that lies below a folder: name -> bytes, None of what is no file."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }

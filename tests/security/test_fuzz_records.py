@@ -19,15 +19,7 @@ from moe.training.recording import read_records
 from moe.training.workdir import read_config
 from tests.data import tiny_examples
 from tests.report.fake_run import write_run
-from tests.security.fuzz import check, mutated_json, mutated_of, sizes
-
-DEEP = [
-    b"[" * 100_000,
-    b'{"a":' * 100_000,
-    b'{"event": ' + b"[" * 100_000,
-    b"9" * 5000,
-    b'{"step": ' + b"9" * 5000,
-]
+from tests.security.fuzz import DEEP, check, mutated_json, mutated_of, sizes
 
 
 def text_source() -> Source:
