@@ -198,6 +198,14 @@ def test_token_bytes_of_all_targets_are_the_bytes_of_the_text(section):
     assert total == sum(count.bytes for count in data.counts["test"].values())
 
 
+def test_a_weight_needs_text_to_train_on():
+    sizes = {"some": 3, "none": 0}
+    with pytest.raises(DataError, match=r"weights\.none=0\.5, but train has no text of 'none'"):
+        batches_module.mixing_weights({"some": 1, "none": 0.5}, sizes)
+    assert batches_module.mixing_weights({"some": 2, "none": 0}, sizes) == {"some": 1}
+    assert batches_module.mixing_weights(None, sizes) == {"some": 1}
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

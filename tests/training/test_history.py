@@ -1,4 +1,6 @@
 import json
+import os
+from pathlib import Path
 import resource
 
 import pytest
@@ -30,7 +32,42 @@ def test_a_line_cut_anywhere_is_left_out_and_the_next_stands_alone(tmp_path):
         assert [line["event"] for line in history.read(tmp_path)] == ["start", "rewind"]
 
 
-@pytest.mark.parametrize("line", ["[]", "{}", '{"event": 3}', "start", '{"event": "a" "step": 1}'])
+def test_a_line_is_on_the_disk_and_so_is_the_name_of_a_new_file(tmp_path, monkeypatch):
+    synced = []
+
+    def fsync(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append((path, path.read_text() if path.is_file() else None))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    path = tmp_path / history.HISTORY_FILE
+    history.append(tmp_path, "start")
+    assert synced == [(path, '{"event": "start"}\n'), (tmp_path, None)]
+    history.append(tmp_path, "rewind")
+    assert synced[2:] == [(path, '{"event": "start"}\n{"event": "rewind"}\n')]
+
+
+def test_a_line_of_zeros_is_one_that_was_never_written(tmp_path):
+    """Power that fails may leave room that a file has and nothing wrote."""
+    history.append(tmp_path, "start")
+    with (tmp_path / history.HISTORY_FILE).open("ab") as file:
+        file.write(bytes(40))
+    assert history.read(tmp_path) == [{"event": "start"}]
+    history.append(tmp_path, "rewind")
+    assert history.read(tmp_path) == [{"event": "start"}, {"event": "rewind"}]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "{}",
+        pytest.param("[" * 100_000, id="deep"),
+        '{"event": 3}',
+        "start",
+        '{"event": "a" "step": 1}',
+    ],
+)
 def test_a_line_that_is_no_event_is_refused(tmp_path, line):
     history.append(tmp_path, "start", step=0)
     path = tmp_path / history.HISTORY_FILE
