@@ -64,6 +64,24 @@ def test_any_changed_byte_or_size_is_named(folder, write):
     assert manifest.difference(folder, thorough=True) == "the file d/e/c is missing"
 
 
+def test_a_manifest_that_lost_an_entry_is_damaged(folder):
+    path = folder / manifest.MANIFEST_FILE
+    content = json.loads(path.read_bytes())
+    del content["files"]["a"]
+    path.write_text(json.dumps(content))
+    told = "manifest.json is damaged: its checksum is wrong"
+    assert manifest.difference(folder, thorough=False) == told
+
+
+def test_links_to_folders_are_not_followed(folder, tmp_path_factory):
+    (folder / "circle").symlink_to(folder)
+    assert manifest.extra(folder) == ["circle"]
+    assert manifest.difference(folder, thorough=True) is None
+    elsewhere = (folder / "d").rename(tmp_path_factory.mktemp("elsewhere") / "d")
+    (folder / "d").symlink_to(elsewhere)
+    assert manifest.difference(folder, thorough=True) == "the file d/b is missing"
+
+
 def test_a_checkpoint_with_an_older_manifest_goes_on_and_is_still_checked(tmp_path):
     save_steps(tmp_path / "checkpoints", [1, 2])
     for step in "12":
