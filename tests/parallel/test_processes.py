@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+import re
 import socket
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import textwrap
 import numpy as np
 import pytest
 
+from moe.errors import ConfigError
+from moe.parallel import distributed
 from tests import entry
 
 ROOT = Path(__file__).parents[2]
@@ -145,7 +148,7 @@ print(jax.process_index(), everyone.tolist(), jax.device_count())
 """
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", [pytest.param("ompi", marks=pytest.mark.slow), "slurm"])
 def test_processes_find_each_other_in_a_cluster(launcher, tmp_path):
     (tmp_path / "who.py").write_text(textwrap.dedent(WHO))
     told = finish(*clustered(launcher, str(tmp_path / "who.py"), "--cpu_devices=2"))
@@ -158,5 +161,20 @@ def test_no_cluster_is_told(tmp_path):
     flags = ["train.py", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}"]
     (told,) = finish(start(*flags, "--detect_cluster"), code=2)
     assert "--detect_cluster found no cluster" in told
-    (told,) = finish(start(*flags, "--detect_cluster", "--process_id=0"), code=2)
-    assert "--detect_cluster with --process_id" in told
+    with pytest.raises(ConfigError, match="--detect_cluster with --process_id: the cluster tells"):
+        distributed.start(process_id=0, detect_cluster=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ({"process_id": 2}, "--process_id=2 must be in 0 ... 1 (--num_processes=2)."),
+        ({"process_id": -1}, "--process_id=-1 must be in 0 ... 1 (--num_processes=2)."),
+        ({}, "--process_id missing: a run of several processes needs"),
+        ({"coordinator_address": None}, "--coordinator_address, --process_id missing"),
+    ],
+)
+def test_mistakes_are_told_before_anybody_is_waited_for(given, word, monkeypatch):
+    monkeypatch.setattr("jax.distributed.initialize", None)
+    with pytest.raises(ConfigError, match=re.escape(word)):
+        distributed.start(**{"coordinator_address": "127.0.0.1:1", "num_processes": 2} | given)
