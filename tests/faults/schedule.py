@@ -56,7 +56,7 @@ RUN = [
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 PACE = f"slow_step@1-{STEPS}:0.02"  # a fault that follows a printed line meets the run nearby
 HEARTBEAT = 10  # seconds
-SEED_SECONDS = 1200.0  # for each process
+SEED_SECONDS = 3600.0  # for each process, on the same machine
 GONE_SECONDS = 30.0
 
 
