@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from moe.errors import STARTED_AGAIN
 from moe.parallel.launch import Ended, first_cause, newest_step
 from tests.faults.harness import Child, only_one
 from tests.faults.harness import Ended as Done
@@ -255,6 +256,11 @@ def test_what_is_started_again(ends, code, starts, tmp_path):
     ended = run(tmp_path, program, "--restarts=9")
     assert ended.code == code, ended.text
     assert len(told(tmp_path)) == starts
+
+
+def test_how_a_run_must_end_to_be_started_again():
+    signals = {-signal.SIGKILL, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGTERM}
+    assert set(STARTED_AGAIN) == {75, 70} | signals
 
 
 def test_every_start_has_a_port_of_its_own(tmp_path):
