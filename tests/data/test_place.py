@@ -10,7 +10,7 @@ import pytest
 
 from moe.data import batches as batches_module
 from moe.data import pipeline
-from moe.data.order import ENDLESS, Block, stack
+from moe.data.order import ENDLESS, Block, mixed, stack
 from moe.data.pack import Row
 from moe.data.place import FREE, IDENTITY, TrainBatches
 from moe.errors import CheckpointError, ConfigError
@@ -78,6 +78,22 @@ def test_a_place_far_away_is_as_exact(row, size):
     batches.go_to(row)
     assert next(batches).tokens.ravel().tolist() == list(range(row, row + size))
     assert batches.next_row == row + size
+
+
+def test_the_order_is_of_the_seed_the_domain_and_the_epoch():
+    """Of two domains with the same number of rows, each is in an order of its own."""
+    n = 30
+
+    def order(seed: int) -> list[list[int]]:
+        parts = [[(m, i) for i in range(n)] for m in range(2)]
+        stream = mixed(parts, [0.5, 0.5], seed)
+        found = [stream[i] for i in range(4 * n)]
+        return [[i for m, i in found if m == wanted] for wanted in range(2)]
+
+    epochs = [rows[k : k + n] for seed in (0, 1) for rows in order(seed) for k in (0, n)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in [*epochs, list(range(n))]}) == 2 * 2 * 2 + 1
+    assert order(0) == order(0)
 
 
 def test_what_reads_ahead_is_closed_before_it_goes_elsewhere():
