@@ -136,7 +136,7 @@ def test_keep_rules_and_best_survive_reopening(tmp_path):
             metrics = (
                 None
                 if value is None
-                else {"bits_per_byte": value, "accuracy": 0.5, "routing/load": [[1.0]]}
+                else {"bits_per_byte": value, "accuracy": step / 10, "routing/load": [[1.0]]}
             )
             checkpoints.save(step, state, DATA, META, metrics)
             if step == 4:

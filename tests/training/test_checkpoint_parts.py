@@ -1,15 +1,27 @@
 """Each guard of a stored step by itself: what one of them lets pass, no other sees."""
 
 from collections.abc import Callable
+import errno
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from moe.errors import CheckpointError
 from moe.training import inspection, manifest, step_folder, stored
-from moe.training.record import FORMAT, sign
+from moe.training.catalogue import Catalogue
+from moe.training.keeping import KeepRules, Scores
+from moe.training.record import FORMAT, added_entries, describe, first_difference, sign
 from moe.training.store import Store
-from tests.training.tiny_checkpoints import copy_step, save_steps
+from tests.training.tiny_checkpoints import (
+    assert_same_bits,
+    copy_step,
+    files_of,
+    save_steps,
+    sharding,
+)
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +115,75 @@ def test_a_save_without_its_folder_is_no_save(tmp_path):
     with pytest.raises(OSError, match="the finished directory is missing"):
         store.wait(1)
     store.close()
+
+
+def test_a_step_goes_away_whole_or_not_at_all(folder, monkeypatch):
+    def refused(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(step_folder.shutil, "rmtree", refused)
+        with pytest.raises(PermissionError):
+            step_folder.remove(folder)
+    assert step_folder.steps_in(folder.parent) == []  # what is left of it is no step
+    again = copy_step(folder.with_name("1.removed"), folder)
+    step_folder.remove(again)
+    assert list(folder.parent.iterdir()) == []
+
+
+def test_a_name_that_a_broken_link_holds_is_taken(folder, tmp_path):
+    (tmp_path / "quarantine").mkdir()
+    (tmp_path / "quarantine/1-1").symlink_to(tmp_path / "nowhere")
+    moved = step_folder.move_away(folder, tmp_path / "quarantine", "a reason")
+    assert moved == tmp_path / "quarantine/1-2"
+    assert (moved / "reason.txt").read_text() == "a reason\n"
+    assert files_of(moved / "state")
+
+
+def test_scores_are_written_by_one_process_and_forgotten_with_their_step(tmp_path):
+    Scores(tmp_path, writes=False).add(1, {"loss": 1.0}, [1])
+    assert list(tmp_path.iterdir()) == []
+    scores = Scores(tmp_path, writes=True)
+    for step in (1, 2, 3):
+        scores.add(step, {"loss": float(step)}, range(1, step + 1))
+    scores.forget([3])
+    scores.add(2, {"loss": float("inf"), "accuracy": 0.5}, [2])  # 1 is there no more
+    again = Scores(tmp_path, writes=True)
+    assert [again.of(step) for step in (1, 2, 3)] == [{}, {"loss": 2.0, "accuracy": 0.5}, {}]
+
+
+def test_what_may_not_be_read_is_no_damage(folder, monkeypatch):
+    def refused(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    catalogue = Catalogue(folder.parent, KeepRules(), writes=True, follows=False)
+    with pytest.raises(CheckpointError, match="Mend the cause and start again"):
+        catalogue.check_is_damage(1, PermissionError("cannot be opened"))
+    monkeypatch.setattr(Path, "is_dir", refused)
+    with pytest.raises(CheckpointError, match=r"cannot be read: .* Give this user the right"):
+        catalogue.flaw(1, thorough=False)
+
+
+def test_a_part_of_an_entry_is_never_left_out():
+    state = {"params": {"w": jnp.ones(2), "v": jnp.ones(3)}, "optimizer": {"m": jnp.ones(2)}}
+    leaves = describe(state)
+    part = {"params": {"w": jnp.ones(2)}}
+    assert first_difference(leaves, {"params": state["params"]}, partial=True) is None
+    told = "params/v is float32[3] in the checkpoint and absent here"
+    assert first_difference(leaves, part, partial=True) == told
+    told = "optimizer/m is float32[2] in the checkpoint and absent here"
+    assert first_difference(leaves, {"params": state["params"]}, partial=False) == told
+
+
+def test_entries_that_a_format_lacks_are_added_and_no_others():
+    one = {"count": jnp.int32(1)}
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(1)), one)
+    old: dict = {"format": 1, "leaves": {"params/w": {}}}
+    added = added_entries(old, {"guard": like}, {"guard": one})
+    assert_same_bits({"guard": one}, added)
+    assert added_entries({**old, "format": 2}, {"guard": like}, {"guard": one}) == {}
+    stored_too = {"format": 1, "leaves": {"guard/count": {}}}
+    assert added_entries(stored_too, {"guard": like}, {"guard": one}) == {}
+    assert added_entries(old, {"guard": like, "rest": like}, {"rest": one}) == {}
+    with pytest.raises(TypeError, match="guard has not the leaves of abstract_state"):
+        added_entries(old, {"guard": like}, {"guard": {"count": jnp.float32(1)}})

@@ -186,6 +186,8 @@ def test_what_came_after_a_step_is_put_aside_and_trained_again(run):
         checkpoints.retire_after(1)
         assert checkpoints.all_steps() == [1]
         assert checkpoints.best_step() == 1
+        scores = json.loads((run / "checkpoints" / "scores.json").read_text())
+        assert scores == {"1": {"bits_per_byte": 2.0}}
         assert checkpoints.save(2, small_state(20), DATA, META)
         checkpoints.retire_after(1)
     assert names(run / "superseded") == ["2-1", "2-2", "3-1"]
