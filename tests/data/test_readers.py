@@ -205,6 +205,15 @@ def test_one_that_cannot_start_is_told_and_the_others_end(readers_that, monkeypa
     assert gone(started[0].pid), told
 
 
+def test_one_that_is_dead_before_it_has_its_job_is_a_death(section, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    job = Job(section().to_dict(), {}, "x" * 1_000_000, {}, 4, (0, 1))
+    batches = Readers(job, 0, 1)
+    with pytest.raises(DataError, match=r"Reader process 0 .* ended with exit code 1"):
+        next(batches)
+    batches.close()
+
+
 @pytest.mark.parametrize("key", ["fingerprint", "code", None])
 def test_a_reader_that_finds_other_data_or_code_says_so(section, key):
     data = make_data(section(), seed=0)

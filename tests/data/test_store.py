@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from moe.data.cache import write_sums
 from moe.data.sources.types import Document, Source
 from moe.data.store import cached_tokenizer, open_tokens
 from moe.data.tokenizers import byte_tokenizer
@@ -105,6 +106,20 @@ def test_directory_that_cannot_be_written(tmp_path):
     blocked.write_text("")
     with pytest.raises(DataError, match=r"Cannot write to .*data\.directory"):
         open_tokens(source(DOCUMENTS)[0], blocked / "data", byte_tokenizer())
+
+
+@pytest.mark.parametrize("file", ["train.ids", "valid.starts.npy", "test.domain.npy"])
+def test_files_that_disagree_are_damage_whatever_their_checksums(tmp_path, file):
+    text, _ = source(DOCUMENTS)
+    open_tokens(text, tmp_path, byte_tokenizer())
+    (path,) = tmp_path.glob(f"tokens/*/{file}")
+    if path.suffix == ".npy":
+        np.save(path, np.append(np.load(path), np.load(path)[-1:]))
+    else:
+        path.write_bytes(path.read_bytes() + b"\0\1")
+    write_sums(path.parent)
+    with pytest.raises(DataError, match=rf"damaged: the sizes of {file.partition('.')[0]} are"):
+        open_tokens(text, tmp_path, byte_tokenizer())
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "missing", "meta", "domain"])
