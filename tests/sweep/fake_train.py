@@ -33,7 +33,8 @@ def misbehave(mode, workdir):
     if mode == "stuck":
         sys.exit(75)
     if mode == "tells":
-        sys.stdout.write(f"{sys.argv} {dict(os.environ)}\n")
+        files = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        sys.stdout.write(f"{sys.argv} {dict(os.environ)} {files}\n")
         sys.exit(6)
     if mode.startswith("exit"):
         end(mode, workdir)

@@ -113,6 +113,7 @@ def test_no_output_of_a_sweep_has_the_password_of_its_database(tmp_path):
     outputs = [printed.encode(), str(error.value).encode(), *seen]
     outputs += [file.read_bytes() for file in work.rglob("*") if file.is_file()]
     everything = b"\n".join(outputs)
+    assert f"{work}/trials/1/.lock'".encode() in everything, "the trainer keeps the claim"
     told = [b"'SHOWN': 'yes'", b"fake_train.py", b"moe.sweep.worker", b"exit code 6", b"<h2>"]
     assert all(text in everything for text in told), "what must be grepped is there"
     assert not any(secret.encode() in everything for secret in SECRETS)

@@ -109,10 +109,13 @@ def test_grid_with_failures_runs_to_its_table(tmp_path):
     # The same command again changes nothing and runs nothing.
     sweep = load_sweep(path)
     before = events(tmp_path / "work", "start")
+    kept = tmp_path / "kept.csv"
+    kept.hardlink_to(tmp_path / "work" / "results.csv")
     again, lines = run(path, tmp_path / "work")
     assert to_csv(again.rows, sweep) == to_csv(outcome.rows, sweep)
     assert events(tmp_path / "work", "start") == before
     assert lines == ["continuing: 6 of 6 points are done"]
+    assert not kept.samefile(tmp_path / "work" / "results.csv"), "never half written"
 
 
 def test_killed_sweep_goes_on_where_it_was(tmp_path):
@@ -201,8 +204,10 @@ def test_only_silence_tells_that_another_machine_is_dead(tmp_path, monkeypatch):
     assert here.next() is None
     silence = study_lib.SILENT_BEATS * study_lib.HEARTBEAT_SECONDS
     now[0] += silence - 1
-    theirs.beat()
     assert here.next() is None
+    theirs.beat()
+    now[0] += 2
+    assert here.next() is None, "a sign of life starts the wait anew"
     now[0] += silence + 1
     taken = here.next()
     assert taken is not None
