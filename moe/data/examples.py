@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -337,11 +338,19 @@ def _open_split(
                 f"The pictures of {split} have several sizes: resize them to one when you prepare "
                 "the data set."
             )
+        if shape is not None and not _fits(shape, np.diff(starts)):
+            raise ValueError(f"{split}.{name} has no examples of the shape {shape}")
         fields[name] = Field(flat, starts, shape)
     domain, label = (
         np.load(path / f"{split}.{part}.npy", allow_pickle=False) for part in ("domain", "label")
     )
     return ExampleSplit(fields, domain, label, meta["skipped"])
+
+
+def _fits(shape: tuple[Any, ...], lengths: np.ndarray) -> bool:
+    """Whether examples of these lengths have this shape."""
+    whole = all(type(n) is int and n > 0 for n in shape)
+    return whole and bool((lengths == math.prod(shape)).all())
 
 
 def count(split: ExampleSplit, domains: Iterable[str]) -> dict[str, int]:

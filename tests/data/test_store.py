@@ -3,7 +3,7 @@ import pytest
 
 from moe.data.cache import write_sums
 from moe.data.sources.types import Document, Source
-from moe.data.store import cached_tokenizer, open_tokens
+from moe.data.store import cached_tokenizer, document_keys, open_tokens
 from moe.data.tokenizers import byte_tokenizer
 from moe.errors import DataError
 
@@ -106,6 +106,22 @@ def test_directory_that_cannot_be_written(tmp_path):
     blocked.write_text("")
     with pytest.raises(DataError, match=r"Cannot write to .*data\.directory"):
         open_tokens(source(DOCUMENTS)[0], blocked / "data", byte_tokenizer())
+
+
+def test_tokenizers_and_keys_are_what_was_written(tmp_path):
+    """Changed so that they can be read as well as before."""
+    text, _ = source(DOCUMENTS)
+    cached_tokenizer(text, tmp_path, "characters", None)
+    document_keys(text, tmp_path)
+    for name, place in (("tokenizer.json", '"abc'), ("train.key.npy", "")):
+        (path,) = tmp_path.glob(f"tokens/*/{name}")
+        data = bytearray(path.read_bytes())
+        data[data.index(place.encode()) + 3 if place else -1] ^= 7  # "abd"
+        path.write_bytes(data)
+    with pytest.raises(DataError, match=r"is damaged: tokenizer\.json, bytes 0 to"):
+        cached_tokenizer(text, tmp_path, "characters", None)
+    with pytest.raises(DataError, match=r"is damaged: train\.key\.npy, bytes 0 to"):
+        document_keys(text, tmp_path)
 
 
 @pytest.mark.parametrize("file", ["train.ids", "valid.starts.npy", "test.domain.npy"])
