@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 import re
 import resource
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from absl import logging
 import jax
@@ -82,7 +82,7 @@ def check_disk(workdir: str | Path, state_bytes: int) -> None:
 
 
 def translate(
-    error: BaseException, estimate: Callable[[], Estimate] | Estimate | None = None
+    error: BaseException, estimate: Callable[[], Estimate] | None = None
 ) -> ResourceError | None:
     """What to tell of an error whose cause is a disk or a memory; None for any other error.
 
@@ -91,7 +91,7 @@ def translate(
 
     Args:
         error: as caught. Causes and contexts are looked through. A UserError tells for itself.
-        estimate: of the run, or how to make one, which is called only if memory was short.
+        estimate: makes one of the run; called only if memory was short.
     """
     if isinstance(error, UserError):
         return None
@@ -173,18 +173,14 @@ def _is_memory(error: BaseException) -> bool:
     )
 
 
-def _memory_error(
-    error: BaseException, make: Callable[[], Estimate] | Estimate | None
-) -> ResourceError:
+def _memory_error(error: BaseException, make: Callable[[], Estimate] | None) -> ResourceError:
     where = "device" if isinstance(error, jax.errors.JaxRuntimeError) else "host"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     said = [f"Out of memory on the {where}: {lines[0].rstrip('.')}."]
-    found: Any = make
-    if callable(make):
+    if make is not None:
         with contextlib.suppress(MemoryError):  # nothing is left to reckon with
             found = make()
-    if isinstance(found, Estimate):
-        said += [f"Here {found}.", *found.advice]
+            said += [f"Here {found}.", *found.advice]
     if where == "host" or jax.default_backend() == "cpu":
         said.append("Devices of the CPU share the memory of the host with the data readers.")
     return ResourceError(" ".join([*said, f"Change one of these; {_AGAIN}."]))

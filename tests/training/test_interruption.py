@@ -98,6 +98,40 @@ def test_a_signal_before_the_first_step_leaves_through_the_clean_up(number, caps
     assert capsys.readouterr().err.count("there is nothing to save") == 1
 
 
+def test_a_second_signal_does_not_break_the_clean_up():
+    cleaned = []
+
+    def works() -> None:
+        try:
+            signal_and_wait(signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+            cleaned.append(True)
+
+    with (
+        Interruption() as interruption,
+        pytest.raises(SystemExit),
+        interruption.nothing_to_lose(),
+    ):
+        works()
+    assert cleaned
+
+
+def test_a_signal_of_another_kind_asks_for_nothing(monkeypatch, capsys):
+    heard = threading.Event()
+    monkeypatch.setattr(module, "GRACE", 0.0)
+    monkeypatch.setattr(module.os, "_exit", lambda code: heard.set())
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    try:
+        with Interruption() as interruption, interruption.nothing_to_lose():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert not heard.wait(0.3)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_signal_before_the_phase_is_honoured_at_its_beginning():
     with Interruption() as interruption:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -190,10 +224,14 @@ def test_a_signal_leaves_a_phase_of_nothing_to_lose_in_the_middle_of_a_long_c_ca
         time.sleep(0.5)  # into the call
         began = time.monotonic()
         child.send_signal(signal.SIGTERM)
+        time.sleep(1.0)
+        child.send_signal(signal.SIGTERM)  # which gives it no more time
         assert child.wait(timeout=60) == 75
         assert GRACE <= time.monotonic() - began < GRACE + 6  # of a loaded machine
         assert child.stderr is not None
-        assert "without clean-up" in child.stderr.read()
+        told = child.stderr.read()
+    assert "without clean-up" in told
+    assert told.count("nothing to save") == 1
 
 
 PROCESS = """

@@ -97,6 +97,18 @@ def test_an_error_of_the_reader_reaches_the_caller_with_its_traceback():
         assert next(batches) == 3
 
 
+def test_an_end_of_another_kind_reaches_the_caller_too():
+    """It ends the reader's thread, and the caller must not wait for it."""
+
+    class Ends(Source):
+        def __next__(self) -> int:
+            raise SystemExit(3)
+
+    ends = iter([False] * 50)
+    with Patient(Ends(), lambda: next(ends, True)) as batches, pytest.raises(SystemExit):
+        next(batches)
+
+
 def test_a_reader_that_hangs_does_not_block_the_end_of_the_process():
     code = """
         import threading, sys

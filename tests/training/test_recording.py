@@ -143,6 +143,29 @@ def test_a_full_disk_leaves_no_half_event(tmp_path):
     assert [e.step for e in events if e.summary.value] == [1, 3]
 
 
+def test_a_file_of_events_that_did_not_fit_at_first_has_its_beginning(tmp_path):
+    (tmp_path / "tensorboard/train").mkdir(parents=True)
+    with Recorder(tmp_path) as recorder:
+        recorder.rewind(0)
+        with full_disk(80):  # room for a line of the history
+            recorder.write(1, "train", {"loss/total": 1.0})
+        recorder.write(2, "train", {"loss/total": 2.0})
+    assert steps(tmp_path) == [(1, "train"), (2, "train")]
+    events = read_events(tmp_path / "tensorboard/train")
+    assert events[0].file_version == "brain.Event:2"
+    assert [event.step for event in events] == [0, 1, 2]
+
+
+def test_a_history_that_cannot_be_rewound_stays_and_is_told(tmp_path, caplog):
+    with Recorder(tmp_path) as recorder:
+        for step in (1, 2, 3):
+            recorder.write(step, "train", {"loss/total": 1.0})
+        with full_disk(20):
+            recorder.rewind(2)
+    assert [step for step, _ in steps(tmp_path)] == [1, 2, 3]
+    assert "Training goes on" in caplog.text
+
+
 def test_files_of_events_are_in_the_order_of_runs_whatever_the_clock_says(tmp_path, monkeypatch):
     folder = tmp_path / "tensorboard/train"
     folder.mkdir(parents=True)

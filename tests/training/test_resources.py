@@ -1,10 +1,12 @@
 """Room on a disk before a run, and words for the errors of one that ran out of it or of memory."""
 
 import ast
+import contextlib
 import errno
 import os
 from pathlib import Path
 import resource
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,8 @@ import pytest
 from moe import programs, setup
 from moe.cli import load_config
 from moe.errors import ConfigError, DataError, ResourceError
-from moe.training import resources
+from moe.parallel.mesh import make_mesh
+from moe.training import memory, resources
 from moe.training.state import abstract_state
 from tests import tiny
 
@@ -58,18 +61,76 @@ def test_an_estimate_counts_shards_and_follows_the_config(run):
     experts = [p for p in jax.tree.leaves(run.skeleton.params) if 8 in p.shape[:2]]
     assert experts
     assert found.devices == 8
-    assert whole / 8 < found.state < whole, "experts are cut in four, the rest is whole"
+    of_parameters = resources.state_bytes(run.skeleton.params)
+    assert of_parameters / 4 < found.parameters < 0.7 * of_parameters, "experts are cut in four"
+    assert whole / 8 < found.state < 0.8 * whole
     assert found.gradients == found.parameters
     assert found.router > 0
     assert found.total == found.state + found.gradients + found.activations
     twice = with_config(run, data__batch_size=2 * run.config.data.batch_size)
     assert resources.estimate(twice).activations == pytest.approx(2 * found.activations, abs=2)
+    dots = resources.estimate(with_config(run, model__remat="dots")).activations
+    assert resources.estimate(with_config(run, model__remat="full")).activations < dots
+    assert dots < found.activations
     parts = with_config(run, optimizer__accumulation=2)
     assert resources.estimate(parts).activations == pytest.approx(found.activations / 2, abs=2)
     assert resources.estimate(parts).gradients == 2 * found.parameters
     frugal = with_config(run, model__remat="full")
     assert resources.estimate(frugal).activations < found.activations
     assert "activations (2 rows of 64 positions at once, model.remat=none)" in str(found)
+
+
+def test_activations_are_the_widths_of_what_layers_keep(run):
+    """Of two rows of 64 positions: 4 shards of experts make room for 4 times the 2 choices."""
+    spec = run.spec._replace(num_layers=3, first_dense=1, shared_experts=1)
+    attention = 4 * 16 + (2 * 2 + 2 * 2) * 8 + 2 * 2 * 64
+    dense = attention + 3 * 16 + 3 * 32
+    sparse = attention + 3 * 16 + 2 * 4 * (2 * 16 + 3 * 32) + 3 * 32 + 4 * 8
+    kept = 2 * 64 * (dense + 2 * sparse + 2 * sparse)  # the widest twice more
+    logits = 2 * 64 * 3 * 257 * 4
+    for changes, expected in (
+        ({}, kept * 4 + logits),
+        ({"dtype": "bfloat16"}, kept * 2 + logits),
+        ({"output": "vector"}, kept * 4),
+    ):
+        assert memory.activation_bytes(run._replace(spec=spec._replace(**changes))) == expected
+
+
+ONE = {"data": 1, "devices": jax.devices()[:1]}
+
+
+def test_activations_are_cut_along_positions_and_widths(run):
+    rows, positions, widths, nothing = (
+        memory.activation_bytes(run._replace(mesh=make_mesh(**sizes)))
+        for sizes in ({"data": 8}, {"data": 1, "sequence": 8}, {"data": 1, "tensor": 8}, ONE)
+    )
+    assert rows == positions == nothing / 8
+    assert rows < widths < nothing
+
+
+def test_advice_names_what_this_run_can_still_change(run):
+    """And nothing that it has done already."""
+    said = " ".join(resources.estimate(run).advice)
+    for words in (
+        "model.remat=full (now none)",
+        "Each device holds 2 rows",
+        "dispatch.buffer_factor",
+    ):
+        assert words in said
+    assert "query_block" not in said, "rows of 64 have small scores"
+    assert "mesh.rules=folded or hybrid (now separate)" in said
+    assert "halves the moments" in said
+    long = with_config(run, data__sequence_length=513)
+    assert "2 x 513^2 scores" in " ".join(resources.estimate(long).advice)
+    changes = {"model__remat": "full", "data__batch_size": 8, "dispatch__buffer_factor": 1.25}
+    done = with_config(run, optimizer__moment_dtype="bfloat16", mesh__rules="zero1", **changes)
+    assert memory.activation_fixes(done) == [
+        "Use more devices, or a mesh.sequence or mesh.tensor above 1."
+    ]
+    assert memory.state_fix(done) == (
+        "Use more devices along mesh.fsdp or mesh.expert, mesh.rules=separate, folded or hybrid (now "
+        "zero1), which cuts what this one keeps whole."
+    )
 
 
 @pytest.mark.slow
@@ -109,6 +170,47 @@ def test_the_disk_is_that_of_the_checkpoints(tmp_path, monkeypatch):
     assert looked == [tmp_path, tmp_path / "run" / "checkpoints"]
 
 
+@pytest.mark.parametrize(
+    ("blocks", "free", "available", "user", "fits"),
+    [
+        (100, 2, 0, 0, True),  # root may fill what is kept for it
+        (100, 1, 1, 0, False),
+        (100, 9, 2, 1000, True),
+        (100, 9, 1, 1000, False),
+        (0, 0, 0, 1000, True),  # a file system that reports nothing
+    ],
+)
+def test_what_is_free_is_what_this_user_may_fill(
+    blocks, free, available, user, fits, tmp_path, monkeypatch
+):
+    status = types.SimpleNamespace(f_blocks=blocks, f_bfree=free, f_bavail=available, f_frsize=MIB)
+    monkeypatch.setattr(resources.os, "statvfs", lambda path: status)
+    monkeypatch.setattr(resources.os, "geteuid", lambda: user)
+    with (
+        contextlib.nullcontext() if fits else pytest.raises(ResourceError, match=r"need 2\.00 MiB")
+    ):
+        resources.check_disk(tmp_path, MIB)
+
+
+@pytest.mark.parametrize(
+    ("limit", "processes", "size", "fits"),
+    [
+        (MIB, 2, 2 * MIB, True),  # each writes its own part
+        (MIB, 2, 2 * MIB + 1, False),
+        (1 << 31, 1, 1 << 33, True),  # at which another file begins
+    ],
+)
+def test_the_largest_file_is_of_one_process_and_bounded(
+    limit, processes, size, fits, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(resources.resource, "getrlimit", lambda which: (limit, limit))
+    monkeypatch.setattr(resources.jax, "process_count", lambda: processes)
+    status = types.SimpleNamespace(f_blocks=0, f_bfree=0, f_bavail=0, f_frsize=MIB)
+    monkeypatch.setattr(resources.os, "statvfs", lambda path: status)
+    with contextlib.nullcontext() if fits else pytest.raises(ResourceError, match="ulimit -f"):
+        resources.check_disk(tmp_path, size)
+
+
 def test_a_limit_on_files_is_refused_before_a_save_meets_it(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, hard))
@@ -138,6 +240,7 @@ TENSORSTORE = (
             ["/d/x", "Read-only", "writable again"],
         ),
         (ValueError(TENSORSTORE), ["/disk/c/3/ocdbt", "No space", "keep_best"]),
+        (jax.errors.JaxRuntimeError(TENSORSTORE), ["/disk/c/3/ocdbt", "No space", "keep_best"]),
     ],
 )
 def test_a_disk_that_failed_is_told_from_anywhere_in_the_chain(error, words):
@@ -194,6 +297,21 @@ def test_a_memory_that_failed_is_told_with_the_estimate_and_keys(where, run):
     assert "\n" not in said
 
 
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "host"),
+        (jax.errors.JaxRuntimeError("INTERNAL: Out of memory while it compiles"), "device"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 1 byte"), "device"),
+    ],
+)
+def test_other_words_for_a_memory_that_failed(error, where):
+    """On the CPU, where these tests run, the host's memory is that of the devices."""
+    told = str(resources.translate(_raised(error, explicit=True)))
+    assert told.startswith(f"Out of memory on the {where}: ")
+    assert "share the memory of the host with the data readers" in told
+
+
 def test_an_estimate_that_has_no_memory_itself_is_left_out():
     def none_left() -> resources.Estimate:
         raise MemoryError
@@ -216,7 +334,9 @@ def test_what_was_told_already_is_not_covered_by_what_failed_on_the_way_out():
         ValueError("RESOURCE"),
         RuntimeError("out of memory of mine"),
         FileNotFoundError(errno.ENOENT, "No such file", "/x"),
-        ConfigError("the disk is full, and told so already"),
+        ConfigError("No space left on device, and told so already"),
+        RuntimeError("RESOURCE_EXHAUSTED of mine"),
+        jax.errors.JaxRuntimeError("INVALID_ARGUMENT: a shape"),
         KeyError("steps"),
     ],
 )

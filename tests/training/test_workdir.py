@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 import resource
 import signal
+import socket
 import subprocess
 import sys
 
@@ -158,13 +159,57 @@ def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
     with child:
         assert child.stdout is not None
         assert child.stdout.readline() == "holding\n"
-        with pytest.raises(ConfigError, match=rf"in use by pid {child.pid} on \S+: ") as caught:
-            open_and_close(tmp_path / "run")
-        assert caught.value.exit_code == 2
+        for _ in range(2):  # who was refused leaves the lock as it is
+            with pytest.raises(ConfigError, match=rf"in use by pid {child.pid} on \S+: ") as caught:
+                open_and_close(tmp_path / "run")
+            assert caught.value.exit_code == 2
         child.send_signal(signal.SIGKILL)
         child.wait()
         open_and_close(tmp_path / "run")
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_lock_file_that_was_removed_in_between_is_no_lock(tmp_path, monkeypatch):
+    """Its holder removes it before it lets go: a lock on a file without a name excludes nobody."""
+    path, flock, descriptors = tmp_path / ".lock", workdir_module.fcntl.flock, []
+
+    def removed(descriptor: int, operation: int) -> None:
+        flock(descriptor, operation)
+        descriptors.append(descriptor)
+        if len(descriptors) == 1:
+            path.unlink()
+
+    monkeypatch.setattr(workdir_module.fcntl, "flock", removed)
+    with open_workdir(tmp_path):
+        assert path.exists()
+        assert len(set(descriptors)) == 1 < len(descriptors), "the first was closed"
+    assert not path.exists()
+
+
+def test_the_lock_file_is_removed_while_the_lock_holds(tmp_path, monkeypatch):
+    """Else it may be that of the next run by then."""
+    close, there = workdir_module.os.close, []
+    with open_workdir(tmp_path):
+        lock = tmp_path / ".lock"
+        monkeypatch.setattr(
+            workdir_module.os, "close", lambda fd: there.append(lock.exists()) or close(fd)
+        )
+    monkeypatch.undo()
+    assert there == [False]
+
+
+def test_the_name_of_an_earlier_holder_is_gone(tmp_path):
+    (tmp_path / ".lock").write_text("pid 123456789 on a-machine-with-a-rather-long-name.example\n")
+    with open_workdir(tmp_path):
+        told = f"pid {os.getpid()} on {socket.gethostname()}\n"
+        assert (tmp_path / ".lock").read_text() == told
+
+
+def test_other_processes_of_a_run_neither_check_nor_lock(tmp_path):
+    with open_workdir(tmp_path / "run"), open_workdir(tmp_path / "run", primary=False) as again:
+        assert again == tmp_path / "run"
+    with open_workdir(tmp_path / "new", primary=False):
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_config_holds_versions_and_device_and_nothing_of_the_environment(tmp_path, monkeypatch):
