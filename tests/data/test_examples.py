@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from moe.data.cache import write_sums
 from moe.data.example_data import example_data
 from moe.data.features import find_fields
-from moe.errors import ConfigError, DataError
+from moe.data.sources.shards import Shards
+from moe.errors import CheckpointError, ConfigError, DataError
 from moe.setup import data_notes
 from tests.data import tiny_examples as tiny
 
@@ -64,6 +66,17 @@ def test_too_long_examples_are_skipped_and_counted_or_refused(tmp_path):
     assert data.left_out("train") == {"too_long": 1, "cut": 0, "bad": 0}
     with pytest.raises(DataError, match=r"record 2 of train .*data\.too_long=skip"):
         opened(tiny.pairs(), tmp_path, "seq2seq", sequence_length=12, too_long="error")
+
+
+def test_a_place_knows_whether_long_examples_are_left_out(tmp_path):
+    def batches(too_long):
+        how = {"too_long": too_long, "batch_size": 1, "sequence_length": 40}
+        return opened(tiny.pairs(), tmp_path, "seq2seq", **how).train_batches()
+
+    state = batches("truncate").get_state()
+    assert batches("error").set_state(state) == {}
+    with pytest.raises(CheckpointError, match="too_long was 'keep' and is now 'skip'"):
+        batches("skip").set_state(state)
 
 
 def test_a_row_of_match(tmp_path):
@@ -176,6 +189,58 @@ def test_bad_records_are_named_or_counted(tmp_path, changes, message):
     data = opened(bad_pairs(**changes), tmp_path, "seq2seq", batch_size=1, skip_bad=1)
     assert data.num_rows("train") == 2
     assert data.left_out("train")["bad"] == 1
+    with pytest.raises(DataError, match=message):  # what another budget has made does not count
+        opened(bad_pairs(**changes), tmp_path, "seq2seq", batch_size=1)
+
+
+def test_a_bad_record_of_a_data_set_is_named_with_its_file(tmp_path):
+    records = bad_pairs(target="")
+
+    class Found(Shards):
+        def __init__(self, split):
+            self._split = split
+
+        def __iter__(self):
+            return iter(records.read(self._split))
+
+        def where(self, number):
+            return f"record {number} of {self._split}.array_record"
+
+    message = r"target of record 1 of train is empty\. It is record 1 of train\.array_record\."
+    with pytest.raises(DataError, match=message):
+        opened(records._replace(read=Found), tmp_path, "seq2seq", batch_size=1)
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_a_split_without_examples_is_refused(tmp_path, split):
+    records = tiny.pairs({**tiny.PAIRS, split: []})
+    with pytest.raises(DataError, match=f"the split {split} has no example"):
+        opened(records, tmp_path, "seq2seq", batch_size=1)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_fingerprint_of_examples_is_of_all_that_is_read(tmp_path):
+    """Where examples end, which class and domain each has, and how domains are called."""
+    features = {"text": tfds.features.Text(), "domain": tfds.features.Text()}
+    features["label"] = tfds.features.ClassLabel(names=["x", "y"])
+
+    def fingerprint(texts=("ab", "c"), labels=(0, 1), domains=("one", "two"), identity=None):
+        rows = zip(texts, labels, domains, strict=True)
+        train = [dict(zip(("text", "label", "domain"), row, strict=True)) for row in rows]
+        identity = identity or f"{texts} {labels} {domains}"
+        rest = dict.fromkeys(("valid", "test"), train[:1])
+        records = tiny.records(features, {"train": train, **rest}, identity=identity)
+        return opened(records, tmp_path, "classify", batch_size=1).fingerprint
+
+    assert fingerprint(identity="a") == fingerprint(identity="b")
+    changes = [
+        {"texts": ("ab", "d")},
+        {"texts": ("a", "bc")},
+        {"labels": (0, 0)},
+        {"domains": ("one", "one")},
+        {"domains": ("one", "three")},
+    ]
+    assert len({fingerprint(**change) for change in ({}, *changes)}) == 6
 
 
 def test_bad_pictures_and_labels(tmp_path):
@@ -208,6 +273,18 @@ def test_encoded_once(tmp_path):
         file.write_bytes(b"1")
     with pytest.raises(DataError, match="damaged"):
         opened(made, tmp_path, "seq2seq", batch_size=1)
+
+
+def test_examples_longer_than_their_index_are_damage_whatever_the_checksums(tmp_path):
+    data = opened(tiny.pairs(), tmp_path, "seq2seq", batch_size=1)
+    texts = "".join(s + t for s, t in tiny.PAIRS["train"]).encode()
+    wanted = np.bincount([*texts], minlength=data.tokenizer.vocab_size)
+    np.testing.assert_array_equal(data.token_counts(), wanted)
+    (path,) = tmp_path.glob("examples/*/train.target")
+    path.write_bytes(path.read_bytes() + b"\0\1")
+    write_sums(path.parent)
+    with pytest.raises(DataError, match=r"is damaged: .*train\.target has 20 numbers and not 19"):
+        opened(tiny.pairs(), tmp_path, "seq2seq", batch_size=1)
 
 
 def test_batches_of_examples_cover_a_split_once(tmp_path):

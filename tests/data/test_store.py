@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -63,10 +65,18 @@ def test_fingerprint_is_of_the_content(tmp_path):
         {"train": DOCUMENTS["train"][::-1]},
         {"train": [Document("abc", "a"), Document("é", "a")]},
         {"valid": [Document("x", "c")]},
+        {
+            split: [d._replace(domain=d.domain * 2) for d in found]
+            for split, found in DOCUMENTS.items()
+        },
     ]
     for i, change in enumerate(changes):
         other = source(DOCUMENTS | change, identity=f"change {i}")[0]
         assert open_tokens(other, tmp_path, byte_tokenizer()).fingerprint != base.fingerprint
+    same_ids = dataclasses.replace(byte_tokenizer(), kind="other")
+    found = open_tokens(source(DOCUMENTS)[0], tmp_path, same_ids)
+    assert found.splits["train"].ids[:].tolist() == base.splits["train"].ids[:].tolist()
+    assert found.fingerprint != base.fingerprint
 
 
 def test_two_writers_at_once(tmp_path):
@@ -81,7 +91,8 @@ def test_two_writers_at_once(tmp_path):
     outer, _ = source(DOCUMENTS, before=other_process)
     store = open_tokens(outer, tmp_path, byte_tokenizer())
     assert store.fingerprint == done[0].fingerprint
-    assert len(list((tmp_path / "tokens").iterdir())) == 1  # nothing unfinished is left
+    (path,) = (tmp_path / "tokens").iterdir()  # nothing unfinished is left
+    assert path.stat().st_mode & 0o777 == 0o755  # others may share it
 
 
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
@@ -108,7 +119,7 @@ def test_directory_that_cannot_be_written(tmp_path):
         open_tokens(source(DOCUMENTS)[0], blocked / "data", byte_tokenizer())
 
 
-def test_tokenizers_and_keys_are_what_was_written(tmp_path):
+def test_tokenizers_keys_and_tokens_are_what_was_written(tmp_path):
     """Changed so that they can be read as well as before."""
     text, _ = source(DOCUMENTS)
     cached_tokenizer(text, tmp_path, "characters", None)
@@ -122,6 +133,11 @@ def test_tokenizers_and_keys_are_what_was_written(tmp_path):
         cached_tokenizer(text, tmp_path, "characters", None)
     with pytest.raises(DataError, match=r"is damaged: train\.key\.npy, bytes 0 to"):
         document_keys(text, tmp_path)
+    open_tokens(text, tmp_path, byte_tokenizer())
+    (path,) = tmp_path.glob("tokens/*/test.ids")
+    path.write_bytes(bytes([*path.read_bytes()[:-1], 0]))
+    with pytest.raises(DataError, match=r"is damaged: test\.ids, bytes 0 to 8"):
+        open_tokens(text, tmp_path, byte_tokenizer())
 
 
 @pytest.mark.parametrize("file", ["train.ids", "valid.starts.npy", "test.domain.npy"])
