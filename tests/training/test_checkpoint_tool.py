@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from moe import cli
 from moe.errors import CheckpointError
 from moe.training import conversion
 from moe.training.checkpoint import Checkpointer
+from moe.training.record import sign
 from moe.training.workdir import open_workdir
 from tests.training.tiny_checkpoints import (
     DATA,
@@ -251,3 +252,33 @@ def test_a_damaged_checkpoint_is_not_converted(tmp_path):
     assert "Checkpoint 1" in err
     assert "is not converted" in err
     assert not (tmp_path / "out").exists()
+
+
+def of_a_later_format(record: dict, arrays: dict) -> str:
+    rest = {name: value for name, value in record.items() if name != "sha256"}
+    record.update(sign({**rest, "format": 2}))
+    return "is damaged or of another format"
+
+
+def with_an_array_more(record: dict, arrays: dict) -> str:
+    arrays["params.more"] = np.zeros(2, np.float32)
+    return r"differ in \['params.more'\]"
+
+
+def with_bits_of_another_type(record: dict, arrays: dict) -> str:
+    arrays["params.experts.up"] = arrays["params.experts.up"].view(np.int32)
+    return "params/experts/up is not the array that was converted"
+
+
+@pytest.mark.parametrize(
+    "change", [of_a_later_format, with_an_array_more, with_bits_of_another_type]
+)
+def test_a_folder_that_is_not_what_was_converted_is_refused(full, tmp_path, change):
+    conversion.to_safetensors(full[0] / "checkpoints", 5, tmp_path / "out")
+    path = tmp_path / "out" / "record.json"
+    record, arrays = json.loads(path.read_text()), load_file(path.with_name("model.safetensors"))
+    told = change(record, arrays)
+    path.write_text(json.dumps(record))
+    save_file(arrays, path.with_name("model.safetensors"))
+    with pytest.raises(CheckpointError, match=told):
+        conversion.from_safetensors(tmp_path / "out", tmp_path / "back" / "checkpoints")
