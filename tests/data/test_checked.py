@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import itertools
 import json
+import os
 from pathlib import Path
 
 from hypothesis import given, settings
@@ -93,6 +94,17 @@ def test_a_file_that_is_cut_after_opening_is_an_error_and_no_signal(tmp_path, bl
     for start in (8, 8000):
         with pytest.raises(DataError, match=rf"x, bytes {start * 4} to"):
             array[start : start + 1]
+
+
+def test_a_file_is_closed_with_its_array(tmp_path):
+    def held() -> int:
+        return sum(os.path.realpath(link) == str(tmp_path / "x") for link in links.iterdir())
+
+    links = Path("/proc/self/fd")
+    array = opened(tmp_path, np.arange(8, dtype=np.int32))
+    assert held()
+    del array
+    assert not held()
 
 
 def test_a_file_that_grew_by_a_block_is_damaged(tmp_path, blocks_of_16):
