@@ -177,11 +177,7 @@ def _append(path: Path, line: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         size = os.fstat(descriptor).st_size
-        try:
-            written = os.write(descriptor, line)
-        except OSError:
-            os.ftruncate(descriptor, size)
-            raise
+        written = os.write(descriptor, line)  # an error has written nothing
         if written < len(line):
             os.ftruncate(descriptor, size)
             raise OSError(f"only {written} of {len(line)} bytes fit")

@@ -157,6 +157,7 @@ def test_patience_for_a_c_call_that_keeps_the_interpreter():
         0.5,
         """
         with dog.patient("compilation"):
+            libc.sleep(2)
             with dog.patient("a part of it"):
                 pass
             libc.sleep(2)
@@ -200,7 +201,7 @@ def test_a_process_that_was_stopped_is_not_killed():
 def test_a_watcher_ends_with_a_process_that_was_killed():
     """Though a child of it holds the pipe open."""
     child = watched(
-        0.5,
+        32.0,  # it would wait for twice that
         """
         os.write(1, b"ready\\n")
         if os.fork() == 0:
