@@ -106,6 +106,20 @@ def test_who_names_the_folder(tmp_path, no_cache):
     assert settings(tmp_path, "gs://bucket/cache")[0] == f"gs://bucket/cache/{mine}"
 
 
+def test_a_folder_is_of_one_kind_of_processor(monkeypatch):
+    """Whose instructions are told by lines that all cores have, among others that change."""
+
+    def machine(*lines: str) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", lambda path: "\n".join(lines))
+            return compile_cache.machine()
+
+    one = machine("cpu MHz : 2100", "flags : sse avx", "flags : sse avx")
+    assert one == machine("cpu MHz : 1800", "flags : sse avx")
+    assert one != machine("cpu MHz : 2100", "flags : sse avx avx512f")
+    assert one != machine("Features : sse avx")
+
+
 def test_other_processes_read_and_make_nothing(tmp_path, no_cache):
     absent = tmp_path / "refused"
     assert settings(absent, primary=False)[0] is None

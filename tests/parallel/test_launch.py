@@ -390,3 +390,4 @@ def test_the_error_of_one_real_process_is_the_exit_code_of_all(tmp_path):
     assert "[1] DataError: record 7 of process 1 cannot be read" in ended.text
     assert sum(line.endswith("met True") for line in ended.text.splitlines()) == 2
     assert "launch:" not in ended.text  # nothing had to be killed, nothing was started again
+    assert "Left " not in ended.text  # nor did anybody wait for exits that cannot come

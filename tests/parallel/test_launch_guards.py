@@ -131,6 +131,23 @@ def test_the_first_failure_starts_the_clock_and_no_other_end_does():
     assert {number: signal.getsignal(number) for number in before} == before
 
 
+def test_only_a_second_ctrl_c_is_impatient():
+    """A machine that closes down may send SIGTERM again and again while the state is saved."""
+    with Asked() as asked:
+        for number in (
+            signal.SIGTERM,
+            signal.SIGTERM,
+            signal.SIGHUP,
+            signal.SIGCHLD,
+            signal.SIGINT,
+        ):
+            asked._handle(number, None)
+            assert not asked.at_once
+            assert asked.number == signal.SIGTERM  # the first is what is passed on
+        asked._handle(signal.SIGINT, None)
+        assert asked.at_once
+
+
 @contextlib.contextmanager
 def relayed(program: str):
     """A relay, and a process that it reads."""
