@@ -7,6 +7,7 @@ files only a sample is checked then.
 from collections.abc import Iterable, Sequence
 import os
 from pathlib import Path
+import tokenize
 from typing import Any
 import weakref
 
@@ -90,3 +91,37 @@ class CheckedArray:
                 raise damaged(self._path.parent, str(error)) from error
             self._seen[block] = True
         self._all_seen = bool(self._seen.all())
+
+
+def read_row(path: Path, dtype: type) -> Shaped[np.ndarray, " n"]:
+    """A row of numbers that `np.save` wrote.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds something else.
+    """
+    # Mapped, a header that promises more than the file holds is told before memory is taken for it.
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (EOFError, tokenize.TokenError) as error:  # an empty file, a header cut in the middle
+        raise ValueError(f"{path.name} is no array: {error}") from error
+    if found.ndim != 1 or found.dtype != dtype:
+        raise ValueError(f"{path.name} has {found.dtype}{list(found.shape)}, which is no row")
+    return np.array(found)
+
+
+def check_starts(name: str, starts: Int[np.ndarray, " N"], parts: int, end: int) -> None:
+    """Raises ValueError unless so many parts follow each other from 0 to `end`."""
+    if len(starts) != parts + 1 or starts[0] != 0 or starts[-1] != end:
+        raise ValueError(
+            f"the sizes of {name} are {end} numbers and {len(starts)} starts, for {parts} parts"
+        )
+    if (starts[1:] < starts[:-1]).any():
+        raise ValueError(f"{name} has parts that end before they start")
+
+
+def check_indices(name: str, values: Int[np.ndarray, " n"], size: int) -> None:
+    """Raises ValueError unless each value is an index into so many."""
+    wrong = np.flatnonzero((values < 0) | (values >= size))
+    if len(wrong):
+        raise ValueError(f"{name} has {values[wrong[0]]} at {wrong[0]}, and there are {size}")

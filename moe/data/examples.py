@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from moe.data.cache import cache_key, check_directory, damaged, directory_in_one_go
-from moe.data.checked import CheckedArray
+from moe.data.checked import CheckedArray, check_indices, check_starts, read_row
 from moe.data.features import Fields
 from moe.data.sources.prepared import check_format, dataset_identity, split_slices
 from moe.data.sources.shards import BadRecord, Shards
@@ -62,7 +62,10 @@ class ExampleSplit:
 
     def text(self, i: int) -> str:
         """The target of an example, as it was written."""
-        return bytes(self.fields["text"][i]).decode("utf-8")
+        try:
+            return bytes(self.fields["text"][i]).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"The text of example {i} is damaged: {error}.") from error
 
 
 class ExampleStore(NamedTuple):
@@ -319,7 +322,24 @@ def _at(split: str, number: int) -> str:
 def _open(path: Path, fields: Fields, sums: Mapping[str, list[int]]) -> ExampleStore:
     meta = json.loads((path / _META).read_text(encoding="utf-8"))
     splits = {name: _open_split(path, name, found, sums) for name, found in meta["splits"].items()}
-    return ExampleStore(fields, tuple(meta["domains"]), splits, meta["fingerprint"])
+    domains = tuple(meta["domains"])
+    for name, split in splits.items():
+        _check_split(name, split, len(domains), max(1, len(fields.classes)))
+    if len(set(domains)) < len(domains):
+        raise ValueError(f"the domains {domains} are not all different")
+    return ExampleStore(fields, domains, splits, meta["fingerprint"])
+
+
+def _check_split(name: str, split: ExampleSplit, domains: int, classes: int) -> None:
+    """Raises ValueError unless the files of a split agree; their checksums can be renewed."""
+    check_indices(f"{name}.domain.npy", split.domain, domains)
+    check_indices(f"{name}.label.npy", split.label, classes)
+    if len(split.label) != len(split) or type(split.skipped) is not int:
+        raise ValueError(f"{name} has {len(split.label)} labels for {len(split)} examples")
+    for key, field in split.fields.items():
+        check_starts(f"{name}.{key}.starts.npy", field.starts, len(split), len(field.flat))
+        if field.shape is not None and (field.lengths != math.prod(field.shape)).any():
+            raise ValueError(f"{name}.{key} has examples that have not the shape {field.shape}")
 
 
 def _open_split(
@@ -327,11 +347,9 @@ def _open_split(
 ) -> ExampleSplit:
     fields = {}
     for name, kept in meta["fields"].items():
-        starts = np.load(path / f"{split}.{name}.starts.npy", allow_pickle=False)
+        starts = read_row(path / f"{split}.{name}.starts.npy", np.int64)
         file = f"{split}.{name}"
         flat = CheckedArray(path / file, np.dtype(kept["dtype"]), sums[file])
-        if len(flat) != starts[-1]:
-            raise ValueError(f"{split}.{name} has {len(flat)} numbers and not {starts[-1]}")
         shape = None if kept["shape"] is None else tuple(kept["shape"])
         if shape == ():
             raise DataError(
@@ -342,7 +360,7 @@ def _open_split(
             raise ValueError(f"{split}.{name} has no examples of the shape {shape}")
         fields[name] = Field(flat, starts, shape)
     domain, label = (
-        np.load(path / f"{split}.{part}.npy", allow_pickle=False) for part in ("domain", "label")
+        read_row(path / f"{split}.{part}.npy", np.int32) for part in ("domain", "label")
     )
     return ExampleSplit(fields, domain, label, meta["skipped"])
 

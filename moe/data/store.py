@@ -17,7 +17,7 @@ from jaxtyping import Int, Shaped
 import numpy as np
 
 from moe.data.cache import cache_key, check_directory, damaged, directory_in_one_go
-from moe.data.checked import CheckedArray
+from moe.data.checked import CheckedArray, check_indices, check_starts, read_row
 from moe.data.sources.types import SPLITS, Document, Source
 from moe.data.tokenizers import LEARNED, Tokenizer, from_json, make_tokenizer
 from moe.errors import DataError
@@ -67,7 +67,7 @@ def cached_tokenizer(
         with directory_in_one_go(path.parent) as temporary:
             (temporary / path.name).write_text(tokenizer.to_json(), encoding="utf-8")
     check_directory(path.parent)
-    return from_json(path.read_text(encoding="utf-8"))
+    return from_json(path.read_bytes())
 
 
 def open_tokens(source: Source, directory: Path, tokenizer: Tokenizer) -> TokenStore:
@@ -105,7 +105,7 @@ def document_keys(source: Source, directory: Path) -> Shaped[np.ndarray, " n"]:
             np.save(temporary / path.name, np.array(keys, np.uint32))
     check_directory(path.parent)
     try:
-        return np.load(path, allow_pickle=False)
+        return read_row(path, np.uint32)
     except (OSError, ValueError, EOFError) as error:
         raise damaged(path.parent, repr(error)) from error
 
@@ -189,22 +189,32 @@ def _open(path: Path, sums: dict[str, list[int]]) -> TokenStore:
             split: {name: Count(*count) for name, count in of_split.items()}
             for split, of_split in meta["counts"].items()
         }
-        store = TokenStore(tuple(meta["domains"]), splits, counts, meta["fingerprint"])
-        documents = {
-            split: sum(count.documents for count in counts[split].values()) for split in splits
-        }
+        domains = tuple(meta["domains"])
+        for split, tokens in splits.items():
+            _check_split(split, tokens, domains, counts[split])
+        return TokenStore(domains, splits, counts, meta["fingerprint"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, repr(error)) from error
-    for split, tokens in splits.items():
-        sizes = (len(tokens.ids), len(tokens.starts), len(tokens.domain))
-        if sizes != (tokens.starts[-1] + 1, documents[split] + 1, documents[split]):
-            raise damaged(path, f"the sizes of {split} are {sizes}")
-    return store
+
+
+def _check_split(
+    split: str, tokens: TokenSplit, domains: tuple[str, ...], counts: dict[str, Count]
+) -> None:
+    """Raises ValueError unless files and counts of a split agree; their checksums can be renewed."""
+    check_starts(f"{split}.starts.npy", tokens.starts, len(tokens.domain), len(tokens.ids) - 1)
+    check_indices(f"{split}.domain.npy", tokens.domain, len(domains))
+    if tuple(counts) != domains or len(set(domains)) < len(domains):
+        raise ValueError(f"the counts of {split} are not of the domains {domains}")
+    lengths = np.diff(tokens.starts)
+    for m, count in enumerate(counts.values()):
+        own = tokens.domain == m
+        if count[:2] != (own.sum(), lengths[own].sum()) or type(count.bytes) is not int:
+            raise ValueError(f"the counts of {split} are not those of its documents")
 
 
 def _open_split(path: Path, split: str, dtype: np.dtype, sums: dict[str, list[int]]) -> TokenSplit:
     return TokenSplit(
         ids=CheckedArray(path / f"{split}.ids", dtype, sums[f"{split}.ids"]),
-        starts=np.load(path / f"{split}.starts.npy", allow_pickle=False),
-        domain=np.load(path / f"{split}.domain.npy", allow_pickle=False),
+        starts=read_row(path / f"{split}.starts.npy", np.int64),
+        domain=read_row(path / f"{split}.domain.npy", np.int32),
     )

@@ -266,7 +266,7 @@ def _size(given: Any) -> int:
     return given
 
 
-def from_json(text: str) -> Tokenizer:
+def from_json(text: str | bytes) -> Tokenizer:
     """Makes the tokenizer that `Tokenizer.to_json` wrote.
 
     Raises:

@@ -77,7 +77,10 @@ def is_ours(record: Any) -> bool:
     """
     if not is_signed(record) or not set(record) >= _PARTS or type(record["format"]) is not int:
         return False
-    return not is_known(record) or (are_leaves(record["leaves"]) and are_metrics(record["metrics"]))
+    if not is_known(record):
+        return True
+    texts = all(isinstance(record[item], str) for item in ("data", "meta"))
+    return texts and are_leaves(record["leaves"]) and are_metrics(record["metrics"])
 
 
 def are_leaves(value: Any) -> bool:

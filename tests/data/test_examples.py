@@ -283,7 +283,7 @@ def test_examples_longer_than_their_index_are_damage_whatever_the_checksums(tmp_
     (path,) = tmp_path.glob("examples/*/train.target")
     path.write_bytes(path.read_bytes() + b"\0\1")
     write_sums(path.parent)
-    with pytest.raises(DataError, match=r"is damaged: .*train\.target has 20 numbers and not 19"):
+    with pytest.raises(DataError, match=r"is damaged: .*the sizes of train\.target\.starts\.npy are 20 numbers"):
         opened(tiny.pairs(), tmp_path, "seq2seq", batch_size=1)
 
 

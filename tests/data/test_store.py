@@ -150,7 +150,7 @@ def test_files_that_disagree_are_damage_whatever_their_checksums(tmp_path, file)
     else:
         path.write_bytes(path.read_bytes() + b"\0\1")
     write_sums(path.parent)
-    with pytest.raises(DataError, match=rf"damaged: the sizes of {file.partition('.')[0]} are"):
+    with pytest.raises(DataError, match=rf"damaged: .*the sizes of {file.partition('.')[0]}\."):
         open_tokens(text, tmp_path, byte_tokenizer())
 
 

@@ -1,8 +1,11 @@
 """What a run leaves and reads again, after somebody has damaged or changed it."""
 
 import contextlib
+import io
 import json
+import math
 
+from hypothesis import strategies as st
 import numpy as np
 import pytest
 
@@ -60,19 +63,54 @@ def test_a_tokenizer_of_damaged_bytes(examples):
 # ---- token files and encoded examples
 
 
+@st.composite
+def saved(draw) -> bytes:
+    """A file of `np.save`: of another type or shape, with other numbers."""
+    dtype = draw(
+        st.sampled_from(("i8", "i4", "u2", "u8", ">i8", "f8", "?", "U2", "M8[s]", "i8,i4"))
+    )
+    shape = draw(st.sampled_from(((0,), (1,), (2,), (3,), (3, 1), (), (2, 0))))
+    numbers = st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 30)
+    flat = draw(st.lists(numbers, min_size=math.prod(shape), max_size=math.prod(shape)))
+    file = io.BytesIO()
+    np.save(file, np.array(flat, np.int64).reshape(shape).astype(dtype, casting="unsafe"))
+    return file.getvalue()
+
+
+@st.composite
+def promising(draw) -> bytes:
+    """A header of an array, true or not, and some bytes."""
+    shape = draw(
+        st.sampled_from(("(3,)", "(-1,)", "(2**62,)", f"({10**15},)", "(1,)*99", "3", "("))
+    )
+    dtype = draw(st.sampled_from(("'<i8'", "'|O'", "None", "'<i8", "[('a', '<i8')]", "1")))
+    text = f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}"
+    header = text.encode().ljust(117) + b"\n"
+    version = draw(st.sampled_from((b"\1\0v\0", b"\2\0v\0\0\0", b"\3\0v\0\0\0", b"\7\0")))
+    return b"\x93NUMPY" + version + header + draw(st.binary(max_size=40))
+
+
+arrays = saved() | promising()
+
+
 def damaged(path, examples, opened):
-    """Every file of a folder, damaged in turn."""
+    """Every file of a folder, damaged in turn, with checksums that hold and with those that do not."""
     files = sorted(file for file in path.rglob("*") if file.is_file())
     assert len(files) > 3
     for file in files:
         original = file.read_bytes()
 
-        def holds(data, file=file):
+        def holds(given, file=file):
+            data, renewed = given
             file.write_bytes(data)
+            if renewed:
+                cache.write_sums(file.parent)
             opened()
 
-        check(examples, holds, mutated_of(original))
+        renews = st.sampled_from((True, True, False))
+        check(examples, holds, st.tuples(mutated_of(original) | arrays, renews))
         file.write_bytes(original)
+        cache.write_sums(file.parent)
 
 
 def changed(folder, examples, opened):
@@ -88,7 +126,7 @@ def changed(folder, examples, opened):
     check(examples, holds, mutated_json(original))
 
 
-@sizes(20)
+@sizes(6)
 def test_token_files(tmp_path, examples):
     def opened():
         found = store.open_tokens(text_source(), tmp_path, tokenizers.byte_tokenizer())
@@ -110,7 +148,7 @@ def test_the_list_of_token_files(tmp_path, examples):
     changed(tmp_path / "tokens", examples, opened)
 
 
-@sizes(20)
+@sizes(6)
 def test_encoded_examples(tmp_path, examples):
     records = tiny_examples.pairs()
     fields = find_fields("seq2seq", records.features)
@@ -120,6 +158,7 @@ def test_encoded_examples(tmp_path, examples):
         for split in found.splits.values():
             for i in range(len(split)):
                 assert found.domains[split.domain[i]]
+                assert split.text(i) is not None
                 for field in split.fields.values():
                     field[i].sum()
 
