@@ -228,7 +228,7 @@ def test_the_fingerprint_of_examples_is_of_all_that_is_read(tmp_path):
         rows = zip(texts, labels, domains, strict=True)
         train = [dict(zip(("text", "label", "domain"), row, strict=True)) for row in rows]
         identity = identity or f"{texts} {labels} {domains}"
-        rest = dict.fromkeys(("valid", "test"), train[:1])
+        rest = {key: [{"text": "f", "label": 0, "domain": "one"}] for key in ("valid", "test")}
         records = tiny.records(features, {"train": train, **rest}, identity=identity)
         return opened(records, tmp_path, "classify", batch_size=1).fingerprint
 
@@ -283,7 +283,9 @@ def test_examples_longer_than_their_index_are_damage_whatever_the_checksums(tmp_
     (path,) = tmp_path.glob("examples/*/train.target")
     path.write_bytes(path.read_bytes() + b"\0\1")
     write_sums(path.parent)
-    with pytest.raises(DataError, match=r"is damaged: .*the sizes of train\.target\.starts\.npy are 20 numbers"):
+    with pytest.raises(
+        DataError, match=r"is damaged: .*the sizes of train\.target\.starts\.npy are 20 numbers"
+    ):
         opened(tiny.pairs(), tmp_path, "seq2seq", batch_size=1)
 
 
