@@ -111,5 +111,8 @@ def test_a_start_tells_what_differs_from_the_one_before(tmp_path):
             "t": [None, [1, 2]],
         },
     }
+    workdir.write_config(tmp_path, now)
+    again = history.started(tmp_path, step=8, config=now, data_changes={})
+    assert again["changes"]["config"] == {}  # a tuple is the list that JSON makes of it
     assert (read["event"], read["step"], read["devices"], read["processes"]) == ("start", 7, 8, 1)
     assert {"python", "jax", "grain"} <= read["versions"].keys()
