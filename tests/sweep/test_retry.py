@@ -89,6 +89,7 @@ def test_seeds_that_are_done_and_values_of_tpe_are_kept(tmp_path):
     assert row.params == before.params
     assert (row.state, list(row.seeds)) == ("complete", [0, 1])
     assert starts(work) == [("0/seed-0", False), ("0/seed-1", False), ("0/seed-1", True)]
+    assert events(work, "done already") == [], "the first seed's trainer is not started"
     again = open_again(path, work).get_trials()[1]
     assert again.intermediate_values == first.intermediate_values != {}
 

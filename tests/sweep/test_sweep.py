@@ -225,6 +225,7 @@ def test_points_enqueued_twice_run_once(tmp_path):
     outcome, _ = run(str(tmp_path / "sweep.py"), tmp_path)
     assert [row.trial for row in outcome.rows] == [0, 1]
     assert len(finished_runs(tmp_path)) == 2
+    assert [t.state.name for t in study.get_trials()] == ["COMPLETE", "COMPLETE", "FAIL"]
 
 
 def test_median_pruner_stops_bad_points(tmp_path):
