@@ -4,8 +4,8 @@ One process listens by itself. When `jax.distributed` runs, its preemption servi
 signal to any process makes all of them agree on one later tick, which a Python handler for SIGTERM
 would switch off.
 
-Before a run listens (while Python imports, for seconds) both signals have their default action: the
-process ends by the signal, and nothing of the run has been touched.
+Before a run listens, while its program imports for seconds, `moe.early_signals` does: the process ends
+at once, and nothing of the run has been touched.
 """
 
 from collections.abc import Generator
