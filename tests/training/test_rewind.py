@@ -147,6 +147,7 @@ def test_only_the_checkpoint_of_a_rewind_goes_on_elsewhere():
     events = [START, rewind(10, 80, 192), rewind(0, 0, 400), rewind(10, 480, 600)]
     assert resume_row(events, 10, 80) == 192
     assert resume_row(events, 20, 160) == 160
+    assert resume_row(events, 5, 80) == 80  # of a run with another batch size
     assert resume_row(events, 0, 0) == 400
     assert resume_row(events, 10, 480) == 600  # of the run that began again at row 400
     assert resume_row([], 10, 80) == 80
