@@ -88,7 +88,7 @@ def test_what_breaks_the_same_losses_is_seen(workdir):
     undisturbed = Undisturbed.of(EIGHT, workdir, lines)
     ledger = Ledger(undisturbed)
     assert ledger.add(EIGHT, workdir, 0, lines, 0) == 40
-    assert ledger.add(EIGHT, workdir, 30, [*lines[-11:], LOADED], 0) == 10
+    assert ledger.add(EIGHT, workdir, 30, [*lines, LOADED], 0) == 10
     assert ledger.widest == 0
     ledger.check_end(workdir, set(), 8)
 
@@ -110,8 +110,8 @@ def test_what_breaks_the_same_losses_is_seen(workdir):
     records[place] = json.dumps(record) + "\n"
     (workdir / "metrics.jsonl").write_text("".join(records))
     with pytest.raises(AssertionError, match=r"losses of steps \[35\] after step 30"):
-        elsewhere.add(FOUR, workdir, 30, [*lines[-11:], LOADED], 0)  # again, on the same devices
-    elsewhere.add(Layout(2), workdir, 30, [*lines[-11:], LOADED], 0)
+        elsewhere.add(FOUR, workdir, 30, [*lines, LOADED], 0)  # again, on the same devices
+    elsewhere.add(Layout(2), workdir, 30, [*lines, LOADED], 0)
     assert 0 < elsewhere.widest < 2e-6
 
 

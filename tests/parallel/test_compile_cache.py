@@ -109,9 +109,15 @@ def test_who_names_the_folder(tmp_path, no_cache):
 def test_a_folder_is_of_one_kind_of_processor(monkeypatch):
     """Whose instructions are told by lines that all cores have, among others that change."""
 
+    read = Path.read_text
+
     def machine(*lines: str) -> str:
+        def found(path: Path, *how, **more) -> str:
+            told = str(path) == "/proc/cpuinfo"
+            return "\n".join(lines) if told else read(path, *how, **more)
+
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "read_text", lambda path: "\n".join(lines))
+            patch.setattr(Path, "read_text", found)
             return compile_cache.machine()
 
     one = machine("cpu MHz : 2100", "flags : sse avx", "flags : sse avx")
