@@ -11,6 +11,7 @@ import signal
 import time
 from typing import TypeVar
 
+from array_record.python import array_record_module  # ty: ignore[missing-module-member]
 from ml_collections import ConfigDict
 import pytest
 
@@ -164,6 +165,20 @@ def test_row_14_a_shard_that_is_cut_or_gone_is_named(builder, shard, tmp_path, s
         shard.write_bytes(data[:size])
     with pytest.raises(DataError, match=rf"{shard.name}.*(records|No such file)"):
         open_reviews(builder, tmp_path, task, skip_bad=1000)
+
+
+@pytest.mark.slow
+def test_row_14_a_shard_with_other_records_is_named(builder, shard, tmp_path):
+    """A file as whole as any, of another number of records."""
+    reader = array_record_module.ArrayRecordReader(str(shard))
+    found = reader.read_all()
+    reader.close()
+    writer = array_record_module.ArrayRecordWriter(str(shard), "group_size:1")
+    for record in found[:-1]:
+        writer.write(record)
+    writer.close()
+    with pytest.raises(DataError, match=rf"{shard.name} has 99 records, .* says 100: the file was"):
+        open_reviews(builder, tmp_path, skip_bad=1000)
 
 
 def damages(path: Path, draw: random.Random) -> Iterator[str]:
