@@ -207,7 +207,12 @@ def test_comparison_every_end_of_a_trainer_is_started_again_or_recorded(tmp_path
 
 @pytest.mark.parametrize(
     "damage",
-    ['{"seed": 0, "settings": {"optim', "", "null", '{"seed": 1, "settings": {}, "metrics": {}}'],
+    [
+        '{"seed": 0, "settings": {"optim',
+        "",
+        "null",
+        '{"seed": 1, "settings": {}, "metrics": {"loss": 0.5}}',
+    ],
 )
 def test_comparison_damaged_result_is_named_and_made_again(tmp_path, damage):
     path = write_arms(tmp_path, good="text")
