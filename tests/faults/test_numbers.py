@@ -118,6 +118,61 @@ def test_row_13_spikes_in_a_row_are_left_behind(reference: Reference, tmp_path: 
 
 
 @pytest.mark.slow
+def test_row_13_however_seldom_the_loop_looks(reference: Reference, tmp_path: Path):
+    """A row that would be over at the next line of the log, and a stop between its end and that line."""
+    often, seldom, stopped = (tmp_path / name for name in ("often", "seldom", "stopped"))
+    with reference.train(often, *SPIKES, faults=[WRONG]) as child:
+        assert child.finish().code == 0, child.text
+    rarely = [*SPIKES, "--config.log_every=7"]
+    with reference.train(seldom, *rarely, faults=[WRONG]) as child:
+        ended = child.finish()
+    assert ended.code == 0, ended.text
+    assert "the loss spiked 3 times in a row up to step 22: back to step 10" in ended.text
+    with reference.train(stopped, *rarely, faults=[WRONG, "hang_data@26"]) as child:
+        child.wait_for("WAITING")
+        child.signal(signal.SIGTERM)
+        assert child.finish().code == 75, child.text
+    assert steps_saved(stopped) == [10, 20, 25]
+    with reference.train(stopped, *rarely, faults=[WRONG]) as child:
+        assert child.finish().code == 0, child.text
+    for workdir in (seldom, stopped):
+        assert rewinds(workdir) == rewinds(often)
+        for step in (10, 20, 30, 40):
+            assert digest(workdir, step) == digest(often, step), (workdir, step)
+        found = bits(often)
+        assert bits(workdir) == {step: found[step] for step in (7, 14, 21, 28, 35, 40)}
+
+
+@pytest.mark.slow
+def test_row_13_back_to_the_start(reference: Reference, tmp_path: Path):
+    """Before the first save in turn: a fresh state, also where the run was stopped and has saved."""
+    workdir, killed = tmp_path / "run", tmp_path / "killed"
+    flags = [*SPIKES, f"--config.checkpoint.every={STEPS}"]
+    with reference.train(workdir, *flags, faults=[WRONG]) as child:
+        ended = child.finish()
+    assert ended.code == 0, ended.text
+    assert "back to step 0" in ended.text
+    assert rewinds(workdir) == [
+        {"event": "rewind", "step": 0, "next_row": 0, "resume_row": (19 + 5) * BATCH}
+    ]
+    with reference.train(killed, *flags, faults=[WRONG, "hang_data@16"]) as child:
+        child.wait_for("WAITING")
+        child.signal(signal.SIGTERM)
+        assert child.finish().code == 75, child.text
+    assert steps_saved(killed) == [15]
+    with reference.train(killed, *flags, faults=[WRONG]) as child:
+        child.wait_for("warning: the loss spiked")
+        child.signal(signal.SIGKILL)
+        child.finish()
+    assert [path.name for path in (killed / "superseded").iterdir()] == ["15-1"]
+    with reference.train(killed, *flags, faults=[WRONG]) as child:
+        assert child.finish().code == 0, child.text
+    assert rewinds(killed) == rewinds(workdir)
+    assert bits(killed) == bits(workdir)
+    assert digest(killed, STEPS) == digest(workdir, STEPS)
+
+
+@pytest.mark.slow
 def test_row_13_budget_of_rewinds(reference: Reference, tmp_path: Path):
     """Wrong targets wherever it goes: two rewinds, each further, then the end with a checkpoint."""
     workdir = tmp_path / "run"

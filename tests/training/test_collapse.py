@@ -56,6 +56,18 @@ def test_a_bound_itself_is_not_beyond_it():
     looking = watch(evaluations=1)
     assert looking.look(HALF) is None
     assert watch(evaluations=1, dead_experts=0.49).look(HALF) is not None
+    thrice = metrics_of([4.0, 4.0] + [0.0] * 6)  # the mean is one
+    assert watch(evaluations=1, dead_experts=1.0, violation=3.0).look(thrice) is None
+    assert watch(evaluations=1, dead_experts=1.0, violation=2.99).look(thrice) is not None
+
+
+def test_the_worst_layer_is_the_one_with_the_largest_share_of_idle_experts():
+    """Of layers with unlike numbers of experts: 3 of 4 are more than 5 of 8."""
+    few, many = metrics_of([1.0] + [0.0] * 3), metrics_of([1.0] * 3 + [0.0] * 5)
+    both = {name: values + many[name] for name, values in few.items()}
+    said = watch(evaluations=1, violation=9.0).look(both)
+    assert said is not None
+    assert "3 of 4 experts of sparse layer 0" in said
 
 
 def test_both_faults_are_named():

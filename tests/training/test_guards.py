@@ -170,6 +170,7 @@ def test_what_ends_a_row(steps, expected):
         if guard.skipped > before.skipped:
             assert_same(on_host(guard.losses), on_host(before.losses))
     assert tuple(int(count) for count in guard[:4]) == expected
+    assert int(guard.filled) == len(window)
     assert counts_after_rest(guard) == (*expected[:1], 0, expected[2], 0)
 
 
@@ -224,7 +225,9 @@ def test_a_clean_run_is_the_same_to_the_last_bit_without_guards():
 
 def test_whole_numbers_and_nothing_are_finite():
     assert bool(guards.all_finite({"a": jnp.int32(3), "b": {}}))
-    assert not bool(guards.all_finite((jnp.ones(3), jnp.asarray([1.0, jnp.inf]))))
+    odd = jnp.asarray([1.0, jnp.inf])
+    assert not bool(guards.all_finite((jnp.ones(3), odd)))
+    assert not bool(guards.all_finite((odd, jnp.ones(3))))
     assert not bool(guards.all_finite(jnp.asarray(jnp.nan, jnp.bfloat16)))
 
 
