@@ -55,7 +55,7 @@ def saved_config(saved: dict[str, Any], overrides: Sequence[tuple[str, str]] = (
     """
     try:
         config = ConfigDict(saved)
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"config.json holds no config of a run: {error}. Give the workdir of a run of train.py."
         ) from error

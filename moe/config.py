@@ -263,7 +263,7 @@ def dotted_keys(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> Ite
         if isinstance(value, Mapping | ConfigDict):
             yield from dotted_keys(value, f"{prefix}{key}.")
         else:
-            yield prefix + key
+            yield f"{prefix}{key}"  # a config file may have numbers for keys
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

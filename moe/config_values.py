@@ -64,7 +64,7 @@ def _parse(key: str, text: str, old: Any) -> Any:
     special = {"none": None, "null": None, "true": True, "false": False}
     try:
         value = special[text.lower()] if text.lower() in special else ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, OverflowError):  # {[]: 1}; 9...9+1j
         value = text
     except (RecursionError, MemoryError) as error:
         raise ConfigError(
@@ -76,7 +76,21 @@ def _parse(key: str, text: str, old: Any) -> Any:
     if float in wanted and type(value) is int:
         value = float(value)
     check_type(key, value, old)
+    if isinstance(value, dict):
+        _check_names(key, value)
     return value
+
+
+def _check_names(key: str, mapping: dict[Any, Any]) -> None:
+    """Raises ConfigError for a mapping that cannot be a section of a config."""
+    for name, value in mapping.items():
+        if not isinstance(name, str) or "." in name or name in dir(object):
+            raise ConfigError(
+                f"config key {key!r} is given a mapping with the key {name!r}, which cannot be part of a "
+                "dotted key. Give keys that are texts without dots."
+            )
+        if isinstance(value, dict):
+            _check_names(key, value)
 
 
 def check_type(key: str, value: Any, old: Any) -> None:
@@ -118,16 +132,16 @@ def check_known_keys(config: ConfigDict, schema: ConfigDict, free: tuple[str, ..
     for key, value in _flat(config):
         if any(key.startswith(f + ".") for f in free):
             continue
-        if (
-            key not in known and key not in OPTIONAL
-        ):  # an empty dict of the defaults is no key there
+        if isinstance(value, ConfigDict) and any(k.startswith(f"{key}.") for k in known):
+            continue  # an empty section: all its keys get their defaults
+        if key not in known:
             raise ConfigError(f"unknown config key {key!r}; {nearest(key, known)}.")
         check_type(key, value, known.get(key))
 
 
 def _flat(config: ConfigDict, prefix: str = "") -> Iterable[tuple[str, Any]]:
     for key, value in config.items():
-        if isinstance(value, ConfigDict):
+        if isinstance(value, ConfigDict) and len(value):
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

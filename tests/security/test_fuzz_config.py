@@ -61,6 +61,7 @@ LITERALS = [
         "\ud800",
         "sparse,,",
     ),
+    *("{[]: 1}", "{{}}", "9" * 400 + "+1j"),
 ]
 texts = (
     st.sampled_from(LITERALS)
@@ -93,7 +94,7 @@ def test_overrides(examples):
 @sizes(1000)
 def test_one_override(examples):
     def holds(pair):
-        apply_override(ConfigDict(complete()), *pair)
+        apply_override(ConfigDict(complete().to_dict()), *pair)
 
     check(examples, holds, st.tuples(keys, texts))
 
@@ -103,7 +104,40 @@ def test_one_override(examples):
 def test_literals_that_a_parser_chokes_on(key, text):
     # Not by hypothesis, which raises the limit of recursion.
     with contextlib.suppress(UserError):
-        apply_override(ConfigDict(complete()), key, text)
+        apply_override(ConfigDict(complete().to_dict()), key, text)
+
+
+@pytest.mark.parametrize("name", ["a.b", "__class__", 1, None])
+def test_names_that_no_section_can_hold(name):
+    pair = ("data.weights", repr({"text": {name: 1}}))
+    with pytest.raises(ConfigError, match=r"'data\.weights'.* texts without dots"):
+        apply_override(config.default_config(), *pair)
+
+
+def test_a_stranger_names_what_no_section_can_hold():
+    with pytest.raises(ConfigError, match=r"config\.json holds no config"):
+        cli.saved_config({"data": {"weights": {"__class__": 1}}})
+
+
+@pytest.mark.parametrize("key", ["checkpoint.every", "data.skip_bad", "seed", "task.name"])
+def test_nothing_in_place_of_a_value(key):
+    *sections, last = key.split(".")
+    given = {last: {}}
+    for section in sections:
+        given = {section: given}
+    with pytest.raises(ConfigError, match=f"{key!r} holds"):
+        cli.saved_config(given)
+
+
+def test_an_empty_section_has_the_defaults():
+    assert cli.saved_config({"model": {}, "data": {}}) == complete()
+
+
+def test_a_config_file_with_numbers_for_keys():
+    given = config.default_config().unlock()
+    given.data.weights = {1: 2.0}
+    with pytest.raises(ConfigError, match="unknown config key 'sed'"):
+        apply_override(given, "sed", "1")
 
 
 @sizes(500)
