@@ -2,10 +2,14 @@
 
 import ast
 from collections.abc import Iterable
+import math
+import sys
 from typing import Any
 
 from moe.config import ConfigDict, dotted_keys, nearest
 from moe.errors import ConfigError
+
+LARGEST = int(sys.float_info.max)  # whole number that may stand for a float
 
 # Keys that may be None, with the types of what else they hold.
 OPTIONAL: dict[str, tuple[type, ...]] = {
@@ -74,7 +78,7 @@ def _parse(key: str, text: str, old: Any) -> Any:
     if tuple in wanted and isinstance(value, str | list):
         value = tuple(value.split(",")) if isinstance(value, str) else tuple(value)
     if float in wanted and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) <= LARGEST else math.inf  # as 1e999 is
     check_type(key, value, old)
     if isinstance(value, dict):
         _check_names(key, value)
@@ -111,7 +115,7 @@ def check_type(key: str, value: Any, old: Any) -> None:
     else:
         valid = (type(old),)
     kind = dict if isinstance(value, ConfigDict) else type(value)
-    if kind in valid or (kind is int and float in valid):
+    if kind in valid or (kind is int and float in valid and abs(value) <= LARGEST):
         return
     names = " or ".join("None" if one is type(None) else one.__name__ for one in valid)
     raise ConfigError(

@@ -14,7 +14,7 @@ from moe.data.corrupt import corrupt
 from moe.data.example_data import _corruption
 from moe.errors import ConfigError, UserError
 from moe.evaluation import matrix
-from tests.security.fuzz import check, mutated_json, scalars, sizes, values
+from tests.security.fuzz import check, mutated_json, scalars, sizes, some, values
 
 KEYS = sorted(config.dotted_keys(config.default_config()))
 SECTIONS = sorted(config.default_config().keys())
@@ -61,7 +61,7 @@ LITERALS = [
         "\ud800",
         "sparse,,",
     ),
-    *("{[]: 1}", "{{}}", "9" * 400 + "+1j"),
+    *("{[]: 1}", "{{}}", "9" * 400 + "+1j", "9" * 400),
 ]
 texts = (
     st.sampled_from(LITERALS)
@@ -91,7 +91,7 @@ def test_overrides(examples):
     check(examples, holds, st.lists(st.tuples(keys, texts), min_size=1, max_size=3))
 
 
-@sizes(1000)
+@some(400, 40_000)
 def test_one_override(examples):
     def holds(pair):
         apply_override(ConfigDict(complete().to_dict()), *pair)
@@ -105,6 +105,11 @@ def test_literals_that_a_parser_chokes_on(key, text):
     # Not by hypothesis, which raises the limit of recursion.
     with contextlib.suppress(UserError):
         apply_override(ConfigDict(complete().to_dict()), key, text)
+
+
+def test_a_whole_number_that_no_float_holds():
+    with pytest.raises(ConfigError, match=r"'model\.dropout' holds float"):
+        cli.saved_config({"model": {"dropout": 10**400}})
 
 
 @pytest.mark.parametrize("name", ["a.b", "__class__", 1, None])
