@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before the imports, which take seconds
     early_signals.listen()
 
 from collections.abc import Iterable, Sequence
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 import zlib
@@ -30,6 +31,7 @@ from moe.axes import MESH_AXES
 from moe.config import ConfigDict
 from moe.data import tokenizers
 from moe.data.router_valid import ROUTER_VALID
+from moe.errors import CheckpointError, DataError
 from moe.evaluation import matrix, tables
 from moe.evaluation.causality import check_generation
 from moe.evaluation.compare import Numbers, compare, make_comparison_step, saturation_metrics
@@ -117,7 +119,7 @@ def main(argv: list[str]) -> int:
         compile_cache.persistent(workdir, FLAGS.compile_cache, primary=primary),
     ):
         step = checkpointer.resolve(_step(FLAGS.step))
-        tokenizer = tokenizers.from_json(checkpointer.load_meta(step)["tokenizer"])
+        tokenizer = tokenizer_of(checkpointer, step)
         run = setup.set_up(config_for(saved, overrides), tokenizer, training=False)
         if FLAGS.generate is not None:
             check_generation(run.spec)
@@ -137,6 +139,22 @@ def main(argv: list[str]) -> int:
                 others = (restore(run, checkpointer, other) for other in references)
                 print_evaluation(checkpoint, workdir, overrides, others, checks)
     return 0
+
+
+def tokenizer_of(checkpointer: Checkpointer, step: int) -> tokenizers.Tokenizer:
+    """The tokenizer that a checkpoint was trained with.
+
+    Raises:
+        CheckpointError: its record holds none, or one that cannot be read.
+    """
+    saved = checkpointer.load_meta(step).get("tokenizer")
+    try:
+        return tokenizers.from_json(saved if isinstance(saved, str) else json.dumps(saved))
+    except DataError as error:
+        raise CheckpointError(
+            f"Checkpoint {step} has no tokenizer in its record: {error} train.py writes one; restore the "
+            "checkpoint from a copy, or evaluate another with --step."
+        ) from error
 
 
 def check_split(run: Run, split: str) -> None:

@@ -12,7 +12,7 @@ from moe import programs, setup
 from moe.data import tokenizers
 from moe.data.place import IDENTITY
 from moe.data.tokenizers import Tokenizer
-from moe.errors import DivergedError
+from moe.errors import DataError, DivergedError
 from moe.evaluation.evaluate import EvalStep
 from moe.evaluation.kept_choices import forget_after
 from moe.evaluation.record import forget_records_after
@@ -91,9 +91,19 @@ def explained(run: Run) -> Generator[None]:
 
 
 def saved_tokenizer(workdir: Path) -> Tokenizer | None:
-    """The tokenizer of a run that has started before."""
+    """The tokenizer of a run that has started before.
+
+    Raises:
+        DataError: its file cannot be read.
+    """
     path = workdir / TOKENIZER_FILE
-    return tokenizers.from_json(path.read_text()) if path.exists() else None
+    try:
+        return tokenizers.from_json(path.read_bytes()) if path.exists() else None
+    except (OSError, DataError) as error:
+        raise DataError(
+            f"{path} cannot be read: {error} The run's tokens have the meaning that it gives them. Restore "
+            "it from a copy, or remove it: the same data and config make the same tokenizer."
+        ) from error
 
 
 def past_rewinds(place: Place, batches: Patient, events: list[dict[str, Any]]) -> Place:

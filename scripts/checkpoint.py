@@ -98,7 +98,7 @@ def _best(workdir: Path) -> tuple[str, str]:
     """What the run tells its best checkpoint by."""
     if not (workdir / CONFIG_FILE).exists():
         return KeepRules().metric, KeepRules().mode
-    rule = best_rule(read_config(workdir)["config"]["task"]["name"])
+    rule = best_rule(cli.saved_config(read_config(workdir)["config"]).task.name)
     return rule.metric, rule.mode
 
 

@@ -25,6 +25,7 @@ from moe.sweep.worker import Stop
 RESULT = "result.json"
 DAMAGED = "result.json.damaged"
 POLL_SECONDS = 0.5
+LARGEST = 1e100  # of a number whose square is finite, too
 Results = dict[int, dict[str, Any]]  # seed -> what `measure` told
 Announce = Callable[[str], None]
 
@@ -142,14 +143,27 @@ def _read_result(path: Path) -> dict[str, Any] | None:
     """What `stored` made of that folder's seed, or None where it does not read back so."""
     try:
         record = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or path.parent.name != f"seed-{record.get('seed')}":
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror}. It decides which seeds are trained; make it "
+            "readable, or move it away to measure that seed again."
+        ) from error
+    if not isinstance(record, dict) or type(record.get("seed")) is not int:
         return None
     settings, metrics = record.get("settings"), record.get("metrics")
-    if not isinstance(settings, dict) or not isinstance(metrics, dict) or "loss" not in metrics:
+    if path.parent.name != f"seed-{record['seed']}" or not isinstance(settings, dict):
         return None
-    return record
+    return record if _are_metrics(metrics) else None
+
+
+def _are_metrics(found: Any) -> bool:
+    """Whether these are a loss and other numbers, of which means and intervals can be taken."""
+    if not isinstance(found, dict) or found.get("loss") is None:
+        return False
+    values = [value for value in found.values() if value is not None]
+    return all(type(v) in (int, float) and not abs(v) > LARGEST for v in values)
 
 
 def _work(job: _Job, cores: Sequence[int]) -> None:

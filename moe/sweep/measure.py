@@ -53,10 +53,12 @@ def measure(config: ConfigDict, workdir: Path, domains: tuple[str | None, str | 
     Raises:
         DataError: the last evaluation is missing or damaged.
     """
-    record = _read_record(workdir / "eval" / f"valid-{config.steps}.json", workdir)
+    path = workdir / "eval" / f"valid-{config.steps}.json"
+    record = read_record(path, workdir, domains)
     train = read_metrics(workdir / "metrics.jsonl")[0].get("train", [])
     with Checkpointer(workdir / "checkpoints", read_only=True) as checkpointer:
         run = setup.set_up(config)
+        _check_layers(path, workdir, record["metrics"], run.spec.sparse_layers)
         sparse = run.spec.sparse_layers > 0
         saturated = saturation(run, checkpointer) if sparse else None
     return {
@@ -67,14 +69,57 @@ def measure(config: ConfigDict, workdir: Path, domains: tuple[str | None, str | 
     }
 
 
-def _read_record(path: Path, workdir: Path) -> dict[str, Any]:
+def read_record(path: Path, workdir: Path, domains: tuple[str | None, str | None]) -> dict:
+    """An evaluation with the numbers that `quality` and `routing` take from it.
+
+    Raises:
+        DataError: it is missing, damaged, or lacks one of them.
+    """
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}, the last evaluation of this run, cannot be read ({error}). Make it again with "
-            f"`python3 eval.py --workdir={workdir}`, then run the comparison's command again."
-        ) from error
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(path, workdir, error) from error
+    for domain in domains:
+        part = _part(record, "metrics") if domain is None else _part(record, "domains", domain)
+        loss = "bits_per_byte" if "bits_per_byte" in part else "loss/cross_entropy"
+        for key in (loss, "accuracy"):
+            if not _is_number(part.get(key)):
+                where = "metrics" if domain is None else f"domain {domain!r}"
+                raise _unreadable(path, workdir, f"{key} of its {where} is no number")
+    for name in ROUTING:
+        if not isinstance(_part(record, "metrics").get(f"routing/{name}"), int | float | None):
+            raise _unreadable(path, workdir, f"routing/{name} is no number")
+    return record
+
+
+def _part(record: Any, *keys: str) -> dict[str, Any]:
+    """A mapping within a record; an empty one where there is none."""
+    for key in keys:
+        record = record.get(key) if isinstance(record, dict) else None
+    return record if isinstance(record, dict) else {}
+
+
+def _check_layers(path: Path, workdir: Path, metrics: dict[str, Any], layers: int) -> None:
+    """Raises DataError unless `cost` finds a number of every sparse layer."""
+    for name in ("choices", "drop_rate") if layers else ():
+        found = metrics.get(f"routing/per_layer/{name}")
+        if (
+            not isinstance(found, list)
+            or len(found) != layers
+            or not all(_is_number(value) for value in found)
+        ):
+            raise _unreadable(path, workdir, f"routing/per_layer/{name} is not {layers} numbers")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _unreadable(path: Path, workdir: Path, why: object) -> DataError:
+    return DataError(
+        f"{path}, the last evaluation of this run, cannot be read ({why}). Make it again with "
+        f"`python3 eval.py --workdir={workdir}`, then run the comparison's command again."
+    )
 
 
 def quality(record: dict[str, Any], within: str | None, outside: str | None) -> dict[str, Any]:
@@ -94,7 +139,7 @@ def _loss(values: dict[str, float]) -> float:
 
 def cost(record: dict[str, Any], train: list[Record], run: Run) -> dict[str, Any]:
     """Parameters, FLOPs of a token's forward pass as planned and as executed, tokens/s of training."""
-    laps = [r["speed/tokens_per_second"] for r in train if "speed/tokens_per_second" in r]
+    laps = _numbers(train, "speed/tokens_per_second")
     size = model_size(run.spec, run.config.data.sequence_length)
     flops = executed = size.flops_per_token
     if run.spec.sparse_layers:
@@ -110,6 +155,10 @@ def cost(record: dict[str, Any], train: list[Record], run: Run) -> dict[str, Any
         # The first lap holds the warming up of caches and threads.
         "tokens_per_second": statistics.median(laps[1:] or laps) if laps else None,
     }
+
+
+def _numbers(records: list[Record], key: str) -> list[float]:
+    return [record[key] for record in records if _is_number(record.get(key))]
 
 
 def _per_layer(metrics: dict[str, Any], name: str) -> np.ndarray:
@@ -146,7 +195,7 @@ def expert_flops(run: Run) -> float:
 def routing(record: dict[str, Any], train: list[Record]) -> dict[str, Any]:
     """Load and causal gap on the valid split; drops of the last third of training (evaluation has none)."""
     found = {ours: record["metrics"].get(f"routing/{name}") for name, ours in ROUTING.items()}
-    drops = [r["routing/drop_rate"] for r in train if "routing/drop_rate" in r]
+    drops = _numbers(train, "routing/drop_rate")
     late = drops[len(drops) * 2 // 3 :]
     return found | {"drop_rate": statistics.fmean(late) if late else None}
 

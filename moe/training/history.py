@@ -10,14 +10,16 @@ import json
 import os
 from pathlib import Path
 import re
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 
 from moe.errors import CheckpointError
+from moe.training import rewind
 from moe.training.workdir import CONFIG_FILE, git_commit, package_versions, read_config
 
 HISTORY_FILE = "history.jsonl"
+_ROWS = 2**62  # more than any data has
 _STRINGS = re.compile(rb'"(\\.|[^"\\])*("|\\?$)')
 
 
@@ -72,7 +74,8 @@ def read(workdir: str | Path) -> list[dict[str, Any]]:
     """All events, oldest first; none where there is no file.
 
     Raises:
-        CheckpointError: a line that is no event, other than one that was cut.
+        CheckpointError: a line that is no event, or a rewind without its numbers, other than one that
+            was cut.
     """
     path = Path(workdir) / HISTORY_FILE
     if not path.exists():
@@ -85,13 +88,22 @@ def read(workdir: str | Path) -> list[dict[str, Any]]:
             if _cut(line):
                 continue
             found = None
-        if not isinstance(found, dict) or not isinstance(found.get("event"), str):
+        if not _is_event(found):
             raise CheckpointError(
                 f"{path}, line {number} is no event: the file was changed by hand or is damaged. It "
                 "decides where a run that was rewound goes on. Mend or remove that line."
             )
         events.append(found)
     return events
+
+
+def _is_event(found: Any) -> TypeGuard[dict[str, Any]]:
+    if not isinstance(found, dict) or not isinstance(found.get("event"), str):
+        return False
+    if found["event"] != rewind.EVENT:
+        return True
+    numbers = [found.get(key) for key in ("step", "next_row", "resume_row")]
+    return all(type(number) is int and 0 <= number < _ROWS for number in numbers)
 
 
 def _cut(line: bytes) -> bool:

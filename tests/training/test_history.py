@@ -28,8 +28,8 @@ def test_a_line_cut_anywhere_is_left_out_and_the_next_stands_alone(tmp_path):
     for end in range(len(second) - 1):
         path.write_bytes(first + second[:end])
         assert history.read(tmp_path) == [{"event": "start", "step": 0}], second[:end]
-        history.append(tmp_path, "rewind", step=1)
-        assert [line["event"] for line in history.read(tmp_path)] == ["start", "rewind"]
+        history.append(tmp_path, "note", step=1)
+        assert [line["event"] for line in history.read(tmp_path)] == ["start", "note"]
 
 
 def test_a_line_is_on_the_disk_and_so_is_the_name_of_a_new_file(tmp_path, monkeypatch):
@@ -53,8 +53,8 @@ def test_a_line_of_zeros_is_one_that_was_never_written(tmp_path):
     with (tmp_path / history.HISTORY_FILE).open("ab") as file:
         file.write(bytes(40))
     assert history.read(tmp_path) == [{"event": "start"}]
-    history.append(tmp_path, "rewind")
-    assert history.read(tmp_path) == [{"event": "start"}, {"event": "rewind"}]
+    history.append(tmp_path, "note")
+    assert history.read(tmp_path) == [{"event": "start"}, {"event": "note"}]
 
 
 @pytest.mark.parametrize(
