@@ -315,6 +315,15 @@ def test_what_is_large_and_no_bomb_is_read():
         archives.inflate(zlib.compress(noise), "x", 2**20 - 1)
 
 
+@pytest.mark.parametrize("wbits", [zlib.MAX_WBITS, 31])
+def test_a_stream_that_is_cut_anywhere_is_not_what_it_was(wbits):
+    stream = zlib.compress(b"some text " * 9, wbits=wbits)
+    assert archives.inflate(stream, "x", 2**20, wbits=wbits) == (b"some text " * 9, b"")
+    for end in range(len(stream)):
+        with pytest.raises(DataError, match="x is truncated or damaged: it ends in the middle"):
+            archives.inflate(stream[:end], "x", 2**20, wbits=wbits)
+
+
 def test_a_zip_whose_list_says_less_than_its_members_hold(tmp_path):
     data = bytearray(wheel({"a": bytes(2_000_000)}))
     for magic, field in ((b"PK\1\2", 24), (b"PK\3\4", 22)):
