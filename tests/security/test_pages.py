@@ -87,14 +87,16 @@ def run_page(folder, text):
             record["sample"]["tokens"] = [text, *record["sample"]["tokens"][1:]]
             record["favourites"][0][0] = [[text, 3, 2.0]]
         path.write_text(json.dumps(record))
-    # Of a split called `text`, as far as a file can be: what cannot be read is named in a notice.
-    split = re.sub("[/\0\n]", "", text).encode()[:200].decode(errors="ignore")
-    (workdir / "eval" / f"{split}-40.json").write_text("{")
+    record["metrics"] |= {"perplexity": text, "routing/path_entropy": text}
+    record["model"]["parameters_total"] = text
+    # Of a split called `text`, as far as a file can be; what cannot be read is named in a notice.
+    called = re.sub("[/\0\n]", "", text).encode()[:200].decode(errors="ignore")
+    (workdir / "eval" / f"{called}-40.json").write_text(json.dumps(record))
+    (workdir / "eval" / "valid-40.json").write_text(json.dumps(record))
+    (workdir / "eval" / f"{called}!-40.json").write_text("{")
     lines = (workdir / "metrics.jsonl").read_text().replace('"valid"', json.dumps(text))
     (workdir / "metrics.jsonl").write_text(lines)
-    if len(text.encode()) < 200 and "/" not in text and "\0" not in text:
-        workdir = workdir.rename(folder / text)
-    return write_report(workdir)
+    return write_report(workdir.rename(folder / called))
 
 
 def sweep_page(folder, text):
