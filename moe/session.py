@@ -101,8 +101,8 @@ def saved_tokenizer(workdir: Path) -> Tokenizer | None:
         return tokenizers.from_json(path.read_bytes()) if path.exists() else None
     except (OSError, DataError) as error:
         raise DataError(
-            f"{path} cannot be read: {error} The run's tokens have the meaning that it gives them. Restore "
-            "it from a copy, or remove it: the same data and config make the same tokenizer."
+            f"{path} cannot be read: {str(error).rstrip('.')}. The run's tokens have the meaning that it "
+            "gives them. Restore it from a copy, or remove it: the same data and config make the same tokenizer."
         ) from error
 
 
