@@ -102,7 +102,7 @@ def saved_tokenizer(workdir: Path) -> Tokenizer | None:
     except (OSError, DataError) as error:
         raise DataError(
             f"{path} cannot be read: {str(error).rstrip('.')}. The run's tokens have the meaning that it "
-            "gives them. Restore it from a copy, or remove it: the same data and config make the same tokenizer."
+            "gives them. Restore it from a copy, or remove it: the same data and config make the same one."
         ) from error
 
 
