@@ -21,6 +21,8 @@ from tests.parallel.test_invariance import config_of
 from tests.training.test_guards import assert_same, on_host
 
 STEPS = 3
+# What is fused decides bits: compiled as a run is, and not in a hurry as other tests are.
+FULL = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 MESHES = {
     "separate": "fsdp2_expert4",
     "zero1": "fsdp4_expert2:zero1",
@@ -61,7 +63,7 @@ def trained(mesh: str) -> tuple:
         state, batch = fresh(setup.root_key(0, 0)), to_device(devices)(make_batch())
         key = jax.device_put(setup.root_key(0, 1), NamedSharding(devices, PartitionSpec()))
         step, numbers = programs.jit_train_step(run), programs.hyper(run)
-        step = step.lower(state, batch, key, numbers).compile()
+        step = step.lower(state, batch, key, numbers).compile(compiler_options=FULL)
         told = []
         for _ in range(STEPS):
             state, found = step(state, batch, key, numbers)
