@@ -221,6 +221,8 @@ def _open_zip(path: Path, data: bytes) -> dict[str, Reader]:
     if sum(info.file_size for info in archive.infolist()) > largest(len(data)):
         raise _too_large(path, largest(len(data)))
     for info in archive.infolist():
+        if not info.filename:  # of which zipfile could not tell whether it is a folder
+            raise _damaged(path, "a member has no name")
         name = _name(path, info.filename)
         if not info.is_dir():
             _check_new(path, name, members)

@@ -208,6 +208,16 @@ def test_names_of_other_systems(tmp_path, name, kind):
         open_archive(path)
 
 
+def test_a_member_without_a_name_is_damage(tmp_path):
+    data = bytearray(wheel({"x": b"1"}))
+    listed = data.rindex(b"PK\x01\x02")
+    struct.pack_into("<HHH", data, listed + 28, 0, 0, 1)  # its name becomes a comment
+    path = tmp_path / "x.whl"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="a member has no name"):
+        open_archive(path)
+
+
 def test_a_name_ends_at_nul_or_is_refused(tmp_path):
     """The header of a tar and the list of a zip end a name there; an extended header does not."""
     (tmp_path / "x.zip").write_bytes(wheel({"a?b": b"!"}).replace(b"a?b", b"a\0b"))

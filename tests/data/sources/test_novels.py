@@ -89,7 +89,7 @@ def test_truncated_at_every_byte():
 def test_damaged_record_is_named():
     whole = bytearray(r_database(r_strings(["a"]), r_strings(["b"])))
     whole[-2] ^= 0xFF  # of the checksum
-    with pytest.raises(DataError, match=r"record 2 at byte \d+ is damaged"):
+    with pytest.raises(DataError, match=r"record 2 at byte \d+ is truncated or damaged"):
         [*records(bytes(whole))]
 
 
