@@ -7,9 +7,20 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture import providers
 import pytest
 
 from moe.errors import UserError
+
+
+def _is_local(path: str) -> bool:
+    del path
+    return False
+
+
+# Hypothesis also draws the literals of every local module that happens to be imported: the same test would
+# see other inputs after other tests, and after any edit of the sources.
+providers.is_local_module_file = _is_local
 
 
 def sizes(quick: int) -> Any:
