@@ -235,7 +235,7 @@ def test_sampling_is_drawn_by_row_and_key():
     np.testing.assert_array_equal(run(given, cold), run(given))
 
 
-@pytest.mark.parametrize("method", ["beam", "sample"])
+@pytest.mark.parametrize("method", ["beam", pytest.param("sample", marks=pytest.mark.slow)])
 def test_eight_devices_say_what_one_says(method):
     given = prompts(np.array([4, 6, 1, 3, 2], np.int32))  # 5 rows do not divide among 8
     decoding = Decoding(method, length=N, beam=2)

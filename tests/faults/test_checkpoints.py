@@ -272,6 +272,7 @@ def test_row_08_truncated_checkpoint_of_a_run(reference, tmp_path):
     assert "Traceback" not in ended.text
 
 
+@pytest.mark.slow
 def test_row_09_flipped_byte_of_a_run(reference, tmp_path):
     workdir = reference.until(30, tmp_path / "run")
     path = largest_payload(workdir, 30)

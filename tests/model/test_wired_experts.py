@@ -115,8 +115,15 @@ def test_what_cannot_work_is_refused(overrides, words):
         model_spec(tiny.config(*overrides), tiny.VOCAB, training=False)
 
 
-@pytest.mark.parametrize("mode", ["relative", "factorised"])
-@pytest.mark.parametrize("target", ["gate", "experts"])
+@pytest.mark.parametrize(
+    ("target", "mode"),
+    [
+        ("gate", "relative"),
+        ("experts", "factorised"),
+        pytest.param("gate", "factorised", marks=pytest.mark.slow),
+        pytest.param("experts", "relative", marks=pytest.mark.slow),
+    ],
+)
 def test_weight_noise_is_drawn_in_training_alone(target, mode):
     noise = (f"weight_noise.target={target}", f"weight_noise.mode={mode}")
     model = wired.model(ONE, *noise, "weight_noise.scale=0.5")
