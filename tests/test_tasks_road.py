@@ -70,7 +70,7 @@ def many_rows(monkeypatch):
 
 @pytest.mark.parametrize(
     "task",
-    [pytest.param(task, marks=pytest.mark.slow) if task == "classify" else task for task in TASKS],
+    [pytest.param(t, marks=pytest.mark.slow) if t in ("classify", "ctc") else t for t in TASKS],
 )
 def test_any_mesh_gives_the_same(task, tmp_path):
     one, two = (outcome(task, tmp_path, mesh) for mesh in MESHES)
