@@ -137,9 +137,8 @@ def restore_or_start(
     if restored is None or restored.step < run.config.steps:
         resources.check_disk(workdir, resources.state_bytes(template))
     if restored is None:
-        batches.set_state(
-            {**batches.get_state(), "next_row": 0}
-        )  # a run that goes back is elsewhere
+        # A run that goes back is elsewhere in the data.
+        batches.set_state({**batches.get_state(), "next_row": 0})
         make = jax.jit(
             lambda key: initialize(run.spec, run.transformation, key, window),
             out_shardings=run.shardings,

@@ -338,8 +338,6 @@ def _check_split(name: str, split: ExampleSplit, domains: int, classes: int) -> 
         raise ValueError(f"{name} has {len(split.label)} labels for {len(split)} examples")
     for key, field in split.fields.items():
         check_starts(f"{name}.{key}.starts.npy", field.starts, len(split), len(field.flat))
-        if field.shape is not None and (field.lengths != math.prod(field.shape)).any():
-            raise ValueError(f"{name}.{key} has examples that have not the shape {field.shape}")
 
 
 def _open_split(

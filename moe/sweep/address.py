@@ -17,7 +17,7 @@ from moe.errors import ConfigError
 
 # What drivers read passwords from: for those that talk to the database, not for trainers.
 PASSWORD_VARIABLES = ("PGPASSWORD", "MYSQL_PWD")
-_SECRET = r"(?:\w*passw(?:or)?d|passwd|pwd|token|secret)"
+_SECRET = r"(?:\w*passw(?:or)?d|pwd|token|secret)"
 _FIX = (
     "Leave it out and put it into ~/.pgpass or PGPASSWORD (PostgreSQL), or give the whole address as "
     "--storage=env:NAME, of an environment variable, or --storage=file:PATH, the first line of a file."
